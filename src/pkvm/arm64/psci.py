@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Power State Coordination Interface (Arm DEN 0022): function ids and return codes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from pkvm.arm64.bits import MASK64
+
+VERSION_1_1 = 0x1_0001
+
+
+class Function(IntEnum):
+    """PSCI function ids; those with a 64-bit form have a member each."""
+
+    PSCI_VERSION = 0x8400_0000
+    CPU_SUSPEND_32 = 0x8400_0001
+    CPU_OFF = 0x8400_0002
+    CPU_ON_32 = 0x8400_0003
+    AFFINITY_INFO_32 = 0x8400_0004
+    MIGRATE_32 = 0x8400_0005
+    MIGRATE_INFO_TYPE = 0x8400_0006
+    MIGRATE_INFO_UP_CPU_32 = 0x8400_0007
+    SYSTEM_OFF = 0x8400_0008
+    SYSTEM_RESET = 0x8400_0009
+    PSCI_FEATURES = 0x8400_000A
+    SYSTEM_SUSPEND_32 = 0x8400_000E
+    SET_SUSPEND_MODE = 0x8400_000F
+    SYSTEM_RESET2_32 = 0x8400_0012
+    MEM_PROTECT = 0x8400_0013
+    MEM_PROTECT_CHECK_RANGE_32 = 0x8400_0014
+    SYSTEM_OFF2_32 = 0x8400_0015
+    CPU_SUSPEND_64 = 0xC400_0001
+    CPU_ON_64 = 0xC400_0003
+    AFFINITY_INFO_64 = 0xC400_0004
+    MIGRATE_64 = 0xC400_0005
+    MIGRATE_INFO_UP_CPU_64 = 0xC400_0007
+    SYSTEM_SUSPEND_64 = 0xC400_000E
+    SYSTEM_RESET2_64 = 0xC400_0012
+    MEM_PROTECT_CHECK_RANGE_64 = 0xC400_0014
+    SYSTEM_OFF2_64 = 0xC400_0015
+
+
+SUCCESS = 0
+NOT_SUPPORTED = -1 & MASK64
+INVALID_PARAMS = -2 & MASK64
+DENIED = -3 & MASK64
+ALREADY_ON = -4 & MASK64
+ON_PENDING = -5 & MASK64
+INTERNAL_FAILURE = -6 & MASK64
+NOT_PRESENT = -7 & MASK64
+DISABLED = -8 & MASK64
+INVALID_ADDRESS = -9 & MASK64
+
+
+class Affinity(IntEnum):
+    """AFFINITY_INFO's answers, and the power states EL2 keeps for a vCPU."""
+
+    ON = 0
+    OFF = 1
+    ON_PENDING = 2

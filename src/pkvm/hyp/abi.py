@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host's side of EL2's door, as numbers only: hypercalls, exit codes, shared structures.
+
+The one module of `hyp` that the host may import. The convention is facts §9.1:
+HVC #0 with X0 = HOST_CALL_BASE + n and arguments from X1; EL2 returns X0 = 0
+(SUCCESS) or -1 (NOT_SUPPORTED) and the result in X1, a value or a negative
+errno. Numbers below 64 are Linux 7.3's where the call is the same one; from 64
+on they are pkvm's own, for what the RFC needs and upstream does not have.
+
+Shared structures are pages that the host shares with EL2 (`HOST_SHARE_HYP`)
+and names by physical address. Every word is a little-endian u64. EL2 copies
+what it needs once and never trusts what it has not copied.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+from pkvm.arm64 import registers as r
+
+HOST_CALL_BASE = 0xC600_0000
+SMCCC_SUCCESS = 0
+SMCCC_NOT_SUPPORTED = -1
+
+
+class HostCall(IntEnum):
+    """Hypercall numbers n. Arguments in order; pfn and gfn are PA and IPA >> 12."""
+
+    VCPU_RUN = 9
+    """() -> ExitCode of the loaded vCPU; -EINVAL if none is loaded."""
+    HOST_SHARE_HYP = 29
+    """(pfn) -> 0: share one page with EL2."""
+    HOST_UNSHARE_HYP = 30
+    """(pfn) -> 0; -EBUSY while EL2 has it pinned."""
+    HOST_DONATE_GUEST = 31
+    """(pfn, gfn, nr) -> 0: give pages to the loaded protected vCPU's VM."""
+    HOST_SHARE_GUEST = 32
+    """(pfn, gfn, nr, prot) -> 0: map host pages into the loaded non-protected vCPU's VM."""
+    HOST_UNSHARE_GUEST = 33
+    """(handle, gfn, nr) -> 0: take pages back from a non-protected VM."""
+    RESERVE_VM = 38
+    """() -> handle."""
+    UNRESERVE_VM = 39
+    """(handle) -> 0."""
+    INIT_VM = 40
+    """(host_vm_pa, vm_area_pa, pgd_pa) -> 0: donate VM_AREA_BYTES at vm_area_pa and the stage-2
+    root at pgd_pa (PGD_INFO bytes, aligned to that), create the VM."""
+    INIT_VCPU = 41
+    """(handle, host_vcpu_pa, vcpu_area_pa) -> 0: donate VCPU_AREA_BYTES, create the vCPU."""
+    RECLAIM_DYING_GUEST_PAGE = 44
+    """(handle, gfn) -> 0."""
+    START_TEARDOWN_VM = 45
+    """(handle) -> 0."""
+    FINALIZE_TEARDOWN_VM = 46
+    """(handle) -> 0; EL2's pages come back through HostVm.TEARDOWN_HEAD/NR."""
+    VCPU_LOAD = 47
+    """(handle, index, hcr): hcr gives HCR_EL2.TWI and TWE only. Silent when refused."""
+    VCPU_PUT = 48
+    """()."""
+    VCPU_SYNC_STATE = 49
+    """(): write the loaded non-protected vCPU's whole state to its host page."""
+    TOPUP_MEMCACHE = 64
+    """(handle, head_pa, nr) -> pages taken: donate a linked list of pages (next PA in the first
+    word of each) to the VM's table-page cache. -ENOMEM after the first page that EL2 refuses."""
+    SET_FIRMWARE = 65
+    """(handle, ipa, bytes) -> 0: the guest firmware goes to this IPA range, its rest zeroed, when
+    the range is donated; the first vCPU to enter starts there (RFC)."""
+    DONATE_GUEST_SGLIST = 66
+    """(handle, list_pa, nr) -> 0: give many ranges to a protected VM, all or none. The list is
+    host memory, nr entries of three u64: pfn, gfn, number of pages."""
+    RECLAIM_DYING_GUEST_RANGE = 67
+    """(handle, gfn, nr) -> pages reclaimed; gfns with nothing mapped are passed over."""
+    PGD_INFO = 68
+    """() -> bytes of a guest's stage-2 root, which is also its alignment."""
+    FIRMWARE_INFO = 69
+    """() -> bytes of the guest firmware that EL2 holds, 0 if none."""
+
+
+class ExitCode(IntEnum):
+    """VCPU_RUN's answer when not a negative errno (facts §A)."""
+
+    IRQ = 0
+    EL1_SERROR = 1
+    TRAP = 2
+    """A synchronous exception; HostVcpu.ESR and its friends say which, as far as §5.4 lets."""
+    ILLEGAL = 3
+    """The vCPU cannot run: powered off, in AArch32 state, or an exit that nobody may handle."""
+    HYP_REQ = 4
+    """EL2 wants something first: HostVcpu.REQ_TYPE and REQ_PAGES."""
+
+
+class HypRequest(IntEnum):
+    """HostVcpu.REQ_TYPE."""
+
+    NONE = 0
+    MEMCACHE = 1
+    """TOPUP_MEMCACHE with REQ_PAGES pages, then run again; the guest's HVC is executed again."""
+
+
+class VcpuFlag(IntFlag):
+    """HostVcpu.FLAGS, written by the host for the next entry."""
+
+    INCREMENT_PC = 1
+    PENDING_EXCEPTION = 2
+    DIRTY = 4
+    """Non-protected only: the host changed the registers in its page."""
+
+
+class HostVm:
+    """Offsets in the page that stands for the host's `struct kvm`."""
+
+    HANDLE = 0x00
+    PROTECTED = 0x08
+    CREATED_VCPUS = 0x10
+    TEARDOWN_HEAD = 0x18
+    """Written by FINALIZE_TEARDOWN_VM: PA of the first returned page; each links to the next in
+    its first word, 0 at the end. All other bytes of the pages are zero."""
+    TEARDOWN_NR = 0x20
+
+
+CONTEXT_SYSREGS = (
+    r.SCTLR_EL1, r.ACTLR_EL1, r.CPACR_EL1, r.TTBR0_EL1, r.TTBR1_EL1, r.TCR_EL1, r.ESR_EL1,
+    r.AFSR0_EL1, r.AFSR1_EL1, r.FAR_EL1, r.PAR_EL1, r.MAIR_EL1, r.AMAIR_EL1, r.VBAR_EL1,
+    r.CONTEXTIDR_EL1, r.TPIDR_EL1, r.TPIDR_EL0, r.TPIDRRO_EL0, r.CNTKCTL_EL1,
+)  # fmt: skip
+"""System registers of HostVcpu.SYSREGS, in order."""
+
+
+class HostVcpu:
+    """Offsets in the page that stands for the host's `struct kvm_vcpu`.
+
+    For a protected vCPU EL2 writes and reads only what the exit's class allows
+    (facts §5.4); X0 is the universal transfer register.
+    """
+
+    X = 0x000
+    """X0-X30."""
+    SP_EL0 = 0x0F8
+    PC = 0x100
+    PSTATE = 0x108
+    ESR = 0x110
+    FAR = 0x118
+    HPFAR = 0x120
+    VSESR = 0x128
+    FLAGS = 0x130
+    VCPU_ID = 0x138
+    """Written by the host before INIT_VCPU; EL2 reads it once."""
+    VCPU_IDX = 0x140
+    FEATURES = 0x148
+    """Bit mask of KVM_ARM_VCPU_* features; read once by INIT_VCPU."""
+    MP_STATE = 0x150
+    REQ_TYPE = 0x158
+    REQ_PAGES = 0x160
+    SCTLR_EE = 0x168
+    """SCTLR_EL1 bits EE and E0E of a protected guest at a data abort; nothing else of it."""
+    SP_EL1 = 0x170
+    ELR_EL1 = 0x178
+    SPSR_EL1 = 0x180
+    SYSREGS = 0x200
+    """One word for each of CONTEXT_SYSREGS."""
+    FP = 0x400
+    """V0-V31 (512 bytes), FPSR and FPCR (u32 each)."""
+
+
+VM_AREA_BYTES = 0x1000
+VCPU_AREA_BYTES = 0x4000
+"""EL2's own vCPU: the saved CPU context and what EL2 keeps beside it."""
+MAX_VCPUS = 64
+MAX_VMS = 255
+HANDLE_BASE = 0x1000
+SGLIST_ENTRY_BYTES = 24
+
+PROT_R = 1
+PROT_W = 2
+PROT_X = 4
+PROT_RWX = PROT_R | PROT_W | PROT_X

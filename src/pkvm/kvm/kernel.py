@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The seam: a kernel at the level of system calls, as `Kvm`, `Vm` and `Vcpu` use it.
+
+Two kernels stand behind it: the built-in host (`pkvm.host`) and, over
+`fcntl.ioctl`, a real /dev/kvm. Nothing above the seam knows which it talks to.
+Every call raises OSError with Linux's errno; the text of the error says more
+where the kernel has more to say.
+
+Memory is an object of the seam. On a real kernel a `Memory` is an anonymous
+mapping of this process; on the built-in host it is pages of the machine's RAM,
+reached through the host's stage-2. Both refuse the same accesses in the same
+way: `MemoryProtected`.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Protocol
+
+
+class MemoryProtected(OSError):
+    """The page belongs to a protected guest (or to EL2) and is not shared.
+
+    A VMM on Linux gets SIGSEGV with si_code SEGV_ACCERR and this exact address
+    for a load or store, and EFAULT for a system call on the buffer; here both
+    are this exception, with errno EFAULT, and the process lives.
+    """
+
+    def __init__(self, address: int, access: str) -> None:
+        super().__init__(
+            errno.EFAULT,
+            f"{access} of {address:#x} refused: the page belongs to a protected guest or to EL2; "
+            "only the guest can share it (MEM_SHARE)",
+        )
+        self.address = address
+        """User address of the first byte refused."""
+
+
+class Memory(Protocol):
+    """An anonymous mapping made through the seam: the VMM's view of guest memory."""
+
+    @property
+    def address(self) -> int:
+        """User address of the first byte: what `userspace_addr` and ioctl pointers take."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Bytes, a multiple of the page size."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Load `length` bytes at byte `offset`. Raises ValueError outside the mapping,
+        MemoryProtected where a page is not accessible to the host."""
+        ...
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Store `data` at byte `offset`. Errors as `read`; pages before the refused one may have
+        been written, as with any store."""
+        ...
+
+    def syscall_read(self, offset: int, length: int) -> bytes:
+        """What a system call reading the buffer sees (write(2) to a pipe): the bytes, or
+        MemoryProtected (EFAULT)."""
+        ...
+
+    def syscall_write(self, offset: int, data: bytes) -> None:
+        """Let a system call write into the buffer (read(2) from a pipe). Errors as `syscall_read`."""
+        ...
+
+    def close(self) -> None:
+        """munmap. Idempotent. A VM that uses the pages keeps them."""
+        ...
+
+
+class RunPage(Protocol):
+    """A vCPU's mmapped `struct kvm_run`."""
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, writable, shared with the kernel."""
+        ...
+
+    def close(self) -> None:
+        """munmap. Idempotent."""
+        ...
+
+
+class Kernel(Protocol):
+    """open, ioctl, mmap, close: the system calls of a KVM user."""
+
+    def open(self, path: str) -> int:
+        """open(2) of a device: a file descriptor. The built-in host has "/dev/kvm" and
+        "/dev/dma-copy"; ENOENT otherwise."""
+        ...
+
+    def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
+        """ioctl(2). A `bytearray` stands for a pointer to a structure of its length and is written
+        back in place; a buffer shorter than the request's structure is EFAULT. KVM_RUN blocks."""
+        ...
+
+    def mmap(self, length: int) -> Memory:
+        """An anonymous, private, zeroed mapping of `length` bytes (rounded up to pages).
+        Raises EINVAL for length 0, ENOMEM."""
+        ...
+
+    def mmap_vcpu(self, fd: int, length: int) -> RunPage:
+        """mmap(2) of a vCPU file descriptor (GET_VCPU_MMAP_SIZE bytes)."""
+        ...
+
+    def close(self, fd: int) -> None:
+        """close(2). EBADF if it is not open."""
+        ...
+
+    def kick(self, fd: int) -> None:
+        """Make a KVM_RUN that is under way on this vCPU fd return EINTR, as a signal to its thread
+        does. Nothing happens if none is; set `immediate_exit` first to catch the next."""
+        ...

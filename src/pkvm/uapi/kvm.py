@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The KVM user ABI (include/uapi/linux/kvm.h and arm64's asm/kvm.h): numbers and byte layouts.
+
+Standard library only: the same module serves the built-in host, the /dev/kvm
+back-end and whoever reads a log.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+
+API_VERSION = 12
+
+
+def _ioc(direction: int, number: int, size: int) -> int:
+    """An ioctl request of type 0xAE (asm-generic/ioctl.h): direction 1 = write, 2 = read."""
+    return direction << 30 | size << 16 | 0xAE << 8 | number
+
+
+class Ioctl(IntEnum):
+    """ioctl requests, in the order of their numbers."""
+
+    GET_API_VERSION = _ioc(0, 0x00, 0)
+    CREATE_VM = _ioc(0, 0x01, 0)
+    CHECK_EXTENSION = _ioc(0, 0x03, 0)
+    GET_VCPU_MMAP_SIZE = _ioc(0, 0x04, 0)
+    CREATE_VCPU = _ioc(0, 0x41, 0)
+    SET_USER_MEMORY_REGION = _ioc(1, 0x46, 32)
+    RUN = _ioc(0, 0x80, 0)
+    GET_MP_STATE = _ioc(2, 0x98, 4)
+    SET_MP_STATE = _ioc(1, 0x99, 4)
+    ENABLE_CAP = _ioc(1, 0xA3, 104)
+    GET_ONE_REG = _ioc(1, 0xAB, 16)
+    SET_ONE_REG = _ioc(1, 0xAC, 16)
+    ARM_VCPU_INIT = _ioc(1, 0xAE, 32)
+    ARM_PREFERRED_TARGET = _ioc(2, 0xAF, 32)
+    GET_REG_LIST = _ioc(3, 0xB0, 8)
+
+
+class Cap(IntEnum):
+    """KVM_CHECK_EXTENSION and KVM_ENABLE_CAP numbers."""
+
+    USER_MEMORY = 3
+    NR_VCPUS = 9
+    NR_MEMSLOTS = 10
+    MP_STATE = 14
+    SYNC_MMU = 16
+    DESTROY_MEMORY_REGION_WORKS = 21
+    MAX_VCPUS = 66
+    ONE_REG = 70
+    ENABLE_CAP_VM = 98
+    ARM_PSCI = 87
+    ARM_EL1_32BIT = 93
+    ARM_PSCI_0_2 = 102
+    CHECK_EXTENSION_VM = 105
+    MAX_VCPU_ID = 128
+    IMMEDIATE_EXIT = 136
+    ARM_VM_IPA_SIZE = 165
+    ARM_PROTECTED_VM = 199
+    """The RFC's number (facts §1.2)."""
+
+
+class ProtectedVm(IntEnum):
+    """`flags` of KVM_ENABLE_CAP(ARM_PROTECTED_VM): one value, not a mask (RFC 7.26)."""
+
+    ENABLE = 0
+    INFO = 1
+
+
+class ExitReason(IntEnum):
+    """kvm_run.exit_reason."""
+
+    UNKNOWN = 0
+    EXCEPTION = 1
+    HYPERCALL = 3
+    DEBUG = 4
+    MMIO = 6
+    FAIL_ENTRY = 9
+    INTR = 10
+    INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    ARM_NISV = 28
+
+
+class SystemEvent(IntEnum):
+    """kvm_run.system_event.type."""
+
+    SHUTDOWN = 1
+    RESET = 2
+    CRASH = 3
+    SUSPEND = 5
+
+
+class VcpuFeature(IntEnum):
+    """Bit numbers of kvm_vcpu_init.features[0]."""
+
+    POWER_OFF = 0
+    EL1_32BIT = 1
+    PSCI_0_2 = 2
+    PMU_V3 = 3
+    SVE = 4
+    PTRAUTH_ADDRESS = 5
+    PTRAUTH_GENERIC = 6
+    HAS_EL2 = 7
+
+
+class MpState(IntEnum):
+    """kvm_mp_state.mp_state."""
+
+    RUNNABLE = 0
+    STOPPED = 5
+
+
+class MemFlag(IntFlag):
+    """kvm_userspace_memory_region.flags."""
+
+    LOG_DIRTY_PAGES = 1
+    READONLY = 2
+    GUEST_MEMFD = 4
+
+
+TARGET_GENERIC_V8 = 5
+MEM_SLOTS_NUM = 32767
+VCPU_MMAP_SIZE = 8192
+TYPE_PROTECTED = 1 << 31
+"""KVM_VM_TYPE_ARM_PROTECTED: the machine type bit that Android and upstream use."""
+
+MEMORY_REGION = struct.Struct("<IIQQQ")
+"""kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr."""
+ENABLE_CAP = struct.Struct("<II4Q64x")
+"""kvm_enable_cap: cap, flags, args[4], pad."""
+ONE_REG = struct.Struct("<QQ")
+"""kvm_one_reg: id, addr."""
+VCPU_INIT = struct.Struct("<I7I")
+"""kvm_vcpu_init: target, features[7]."""
+MP_STATE = struct.Struct("<I")
+PROTECTED_VM_INFO = struct.Struct("<8Q")
+"""kvm_protected_vm_info: firmware_size, then seven reserved words. The first reserved word is
+the structure's size when the caller gave one in args[1] (RFC review, question 6)."""
+
+
+class Run:
+    """Offsets in struct kvm_run."""
+
+    IMMEDIATE_EXIT = 1
+    EXIT_REASON = 8
+    UNION = 32
+    MMIO = struct.Struct("<Q8sIB")
+    """phys_addr, data, len, is_write; at UNION."""
+    FAIL_ENTRY = struct.Struct("<QI")
+    """hardware_entry_failure_reason, cpu; at UNION."""
+    SYSTEM_EVENT = struct.Struct("<II16Q")
+    """type, ndata, data; at UNION."""
+    INTERNAL_ERROR = struct.Struct("<II")
+    """suberror, ndata; at UNION."""
+
+
+REG_ARM64 = 0x6000_0000_0000_0000
+REG_SIZE_U32 = 2 << 52
+REG_SIZE_U64 = 3 << 52
+REG_SIZE_U128 = 4 << 52
+REG_SIZE_MASK = 0xF << 52
+REG_ARM_CORE = 0x10 << 16
+REG_ARM64_SYSREG = 0x13 << 16
+REG_ARM_FW = 0x14 << 16
+
+
+def core_reg(offset_bytes: int, size: int = 8) -> int:
+    """ONE_REG id of a member of struct kvm_regs at `offset_bytes`; `size` is 4, 8 or 16 bytes."""
+    size_bits = {4: REG_SIZE_U32, 8: REG_SIZE_U64, 16: REG_SIZE_U128}[size]
+    return REG_ARM64 | size_bits | REG_ARM_CORE | offset_bytes // 4
+
+
+def reg_x(n: int) -> int:
+    """ONE_REG id of X0-X30."""
+    if not 0 <= n <= 30:
+        raise ValueError(f"there is no X{n}")
+    return core_reg(8 * n)
+
+
+REG_SP = core_reg(0xF8)
+"""SP_EL0."""
+REG_PC = core_reg(0x100)
+REG_PSTATE = core_reg(0x108)
+REG_SP_EL1 = core_reg(0x110)
+REG_ELR_EL1 = core_reg(0x118)
+REG_SPSR_EL1 = core_reg(0x120)
+"""spsr[0..4]: EL1, ABT, UND, IRQ, FIQ, eight bytes each."""
+REG_FP_BASE = 0x150
+"""Offset of fp_regs.vregs[0] in struct kvm_regs; 16 bytes each; fpsr at 0x350, fpcr at 0x354."""
+
+
+def reg_v(n: int) -> int:
+    """ONE_REG id of V0-V31 (128 bits)."""
+    if not 0 <= n <= 31:
+        raise ValueError(f"there is no V{n}")
+    return core_reg(REG_FP_BASE + 16 * n, 16)
+
+
+REG_FPSR = core_reg(0x350, 4)
+REG_FPCR = core_reg(0x354, 4)
+
+
+def sysreg(encoding: int) -> int:
+    """ONE_REG id of a 64-bit system register by its 16-bit encoding (`SysReg.one_reg`)."""
+    return REG_ARM64 | REG_SIZE_U64 | REG_ARM64_SYSREG | encoding
+
+
+REG_PSCI_VERSION = REG_ARM64 | REG_SIZE_U64 | REG_ARM_FW | 0
+
+
+class DmaCopy:
+    """The copy engine's driver, "/dev/dma-copy" of the built-in host: an ioctl that makes the
+    device move bytes between two user buffers by DMA, through its stage-2."""
+
+    COPY = 1 << 30 | 24 << 16 | 0xDC << 8 | 0x01
+    ARGS = struct.Struct("<QQQ")
+    """source, destination, length: user addresses and bytes. EFAULT outside a mapping, EIO when
+    the device was stopped by its stage-2."""
