@@ -33,7 +33,6 @@ class Transition(NamedTuple):
     npages: int
     vm: int = 0
     ipa: int = NO_ADDRESS
-    kind = "transition"
 
 
 class Refusal(NamedTuple):
@@ -48,7 +47,6 @@ class Refusal(NamedTuple):
     vm: int = 0
     pa: int = NO_ADDRESS
     ipa: int = NO_ADDRESS
-    kind = "refusal"
 
 
 class GuestExit(NamedTuple):
@@ -57,11 +55,11 @@ class GuestExit(NamedTuple):
     vm: int
     vcpu: int
     reason: str
-    """Exit class: "irq", "wfx", "hvc", "sysreg", "iabt", "dabt_mmio", "dabt", "hyp_req", "illegal"..."""
+    """Exit class: "irq", "wfx", "hvc", "sysreg", "iabt", "dabt_mmio", "dabt", "hyp_req",
+    "illegal"."""
     esr: int
     """ESR_EL2 as the host sees it (facts §5.4), not as the guest raised it."""
     ipa: int = NO_ADDRESS
-    kind = "exit"
 
 
 class GuestTrap(NamedTuple):
@@ -72,7 +70,6 @@ class GuestTrap(NamedTuple):
     reason: str
     """"sysreg", "undef", "smc", ..."""
     esr: int
-    kind = "trap"
 
 
 class GuestHypercall(NamedTuple):
@@ -82,7 +79,6 @@ class GuestHypercall(NamedTuple):
     vcpu: int
     function: int
     result: int
-    kind = "hypercall"
 
 
 class HostHypercall(NamedTuple):
@@ -90,7 +86,6 @@ class HostHypercall(NamedTuple):
 
     name: str
     result: int
-    kind = "host_hypercall"
 
 
 class HostAbort(NamedTuple):
@@ -100,7 +95,6 @@ class HostAbort(NamedTuple):
     access: str
     """"read", "write" or "fetch"."""
     mapped: bool
-    kind = "host_abort"
 
 
 class DmaFault(NamedTuple):
@@ -109,7 +103,6 @@ class DmaFault(NamedTuple):
     device: str
     ipa: int
     access: str
-    kind = "dma_fault"
 
 
 class Tlbi(NamedTuple):
@@ -118,7 +111,6 @@ class Tlbi(NamedTuple):
     vmid: int
     ipa: int = NO_ADDRESS
     """The IPA invalidated; -1 for the whole VMID."""
-    kind = "tlbi"
 
 
 class VmLife(NamedTuple):
@@ -128,7 +120,6 @@ class VmLife(NamedTuple):
     what: str
     vm: int
     vcpu: int = -1
-    kind = "life"
 
 
 class Ioctl(NamedTuple):
@@ -137,7 +128,6 @@ class Ioctl(NamedTuple):
     fd: int
     request: str
     result: int
-    kind = "ioctl"
 
 
 class Message(NamedTuple):
@@ -145,7 +135,6 @@ class Message(NamedTuple):
 
     source: str
     text: str
-    kind = "message"
 
 
 Event = (
@@ -164,15 +153,34 @@ Event = (
 )
 
 
+KINDS: dict[type[Event], str] = {
+    Transition: "transition",
+    Refusal: "refusal",
+    GuestExit: "exit",
+    GuestTrap: "trap",
+    GuestHypercall: "hypercall",
+    HostHypercall: "host_hypercall",
+    HostAbort: "host_abort",
+    DmaFault: "dma_fault",
+    Tlbi: "tlbi",
+    VmLife: "life",
+    Ioctl: "ioctl",
+    Message: "message",
+}
+"""The word for each record in JSON and in counts."""
+
+
 class Recorder(Protocol):
     """Whoever wants to know. `record` is called from the thread in which the event happened,
     often with a lock of EL2's held: it must be quick, must not call back, must not raise."""
 
-    def record(self, event: Event, /) -> None: ...
+    def record(self, event: Event, /) -> None:
+        """Take note of `event`."""
+        ...
 
 
 class NullRecorder:
     """The recorder that does nothing: the yardstick for what recording costs."""
 
     def record(self, event: Event, /) -> None:
-        return
+        """Forget `event`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Exception syndromes: ESR_ELx, fault status codes, HPFAR_EL2 (Arm ARM D24.2, ESR_EL2 and HPFAR_EL2)."""
+"""Exception syndromes: ESR_ELx, fault status codes, HPFAR_EL2 (Arm ARM D24.2)."""
 
 from __future__ import annotations
 

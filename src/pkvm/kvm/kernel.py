@@ -9,31 +9,12 @@ where the kernel has more to say.
 Memory is an object of the seam. On a real kernel a `Memory` is an anonymous
 mapping of this process; on the built-in host it is pages of the machine's RAM,
 reached through the host's stage-2. Both refuse the same accesses in the same
-way: `MemoryProtected`.
+way: `pkvm.uapi.errors.ProtectedPageError`.
 """
 
 from __future__ import annotations
 
-import errno
 from typing import Protocol
-
-
-class MemoryProtected(OSError):
-    """The page belongs to a protected guest (or to EL2) and is not shared.
-
-    A VMM on Linux gets SIGSEGV with si_code SEGV_ACCERR and this exact address
-    for a load or store, and EFAULT for a system call on the buffer; here both
-    are this exception, with errno EFAULT, and the process lives.
-    """
-
-    def __init__(self, address: int, access: str) -> None:
-        super().__init__(
-            errno.EFAULT,
-            f"{access} of {address:#x} refused: the page belongs to a protected guest or to EL2; "
-            "only the guest can share it (MEM_SHARE)",
-        )
-        self.address = address
-        """User address of the first byte refused."""
 
 
 class Memory(Protocol):
@@ -51,7 +32,7 @@ class Memory(Protocol):
 
     def read(self, offset: int, length: int) -> bytes:
         """Load `length` bytes at byte `offset`. Raises ValueError outside the mapping,
-        MemoryProtected where a page is not accessible to the host."""
+        ProtectedPageError where a page is not accessible to the host."""
         ...
 
     def write(self, offset: int, data: bytes) -> None:
@@ -61,11 +42,12 @@ class Memory(Protocol):
 
     def syscall_read(self, offset: int, length: int) -> bytes:
         """What a system call reading the buffer sees (write(2) to a pipe): the bytes, or
-        MemoryProtected (EFAULT)."""
+        ProtectedPageError (EFAULT)."""
         ...
 
     def syscall_write(self, offset: int, data: bytes) -> None:
-        """Let a system call write into the buffer (read(2) from a pipe). Errors as `syscall_read`."""
+        """Let a system call write into the buffer (read(2) from a pipe). Errors as
+        `syscall_read`."""
         ...
 
     def close(self) -> None:
