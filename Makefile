@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# `make` or `make help` lists the targets. Everything happens in ./.venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# What the tests need from Debian: a cross compiler for guests/, dtc for device trees.
+DEBIAN_PACKAGES := binutils-aarch64-linux-gnu gcc-aarch64-linux-gnu device-tree-compiler
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint unit bench guests packages clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/pkvm: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/pkvm pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+run: $(BIN)/pkvm  ## set up, then run the demonstration as a protected VM (ARGS='--json')
+	@$(BIN)/pkvm run $(ARGS)
+
+test: packages lint unit  ## set up, then lint, type-check and test everything
+
+lint: $(VENV)/.dev  ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev  ## pytest alone (ARGS='tests/hyp -x')
+	$(BIN)/pytest $(ARGS)
+
+bench: $(BIN)/pkvm  ## side-by-side measurements: name, ratio, bound, ok (JSON=1 for one JSON list)
+	@$(BIN)/python -m compileall -q src
+	@$(BIN)/python benchmarks/run.py $(if $(JSON),--json) $(ARGS)
+
+guests: packages  ## rebuild the guest programs that ship in the package
+	$(MAKE) -C guests install
+
+packages:
+	@missing=; for package in $(DEBIAN_PACKAGES); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' \
+	    || missing="$$missing $$package"; \
+	done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" != 0 ]; then \
+	  echo "missing Debian packages:$$missing"; \
+	  echo "install them (as root: apt-get install$$missing) or run this target as root"; exit 1; \
+	fi; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing
+
+clean:  ## remove the virtual environment and build products
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	$(MAKE) -C guests clean
