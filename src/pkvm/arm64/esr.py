@@ -66,12 +66,18 @@ S1PTW = ABORT_ISS["S1PTW"].mask
 WNR = ABORT_ISS["WnR"].mask
 FSC_MASK = ABORT_ISS["FSC"].mask
 
+FSC_ADDRESS_SIZE = 0x00
+"""Address size fault at level 0; add the level."""
 FSC_TRANSLATION = 0x04
 """Translation fault at level 0; add the level."""
 FSC_ACCESS_FLAG = 0x08
+"""Access flag fault; add the level."""
 FSC_PERMISSION = 0x0C
+"""Permission fault; add the level."""
 FSC_EXTERNAL = 0x10
 """Synchronous external abort, not on a table walk."""
+FSC_EXTERNAL_ON_WALK = 0x14
+"""Synchronous external abort on a table walk at level 0; add the level."""
 
 SYS64_ISS = Layout(
     "ISS of a trapped MSR, MRS or system instruction",

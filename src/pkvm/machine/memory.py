@@ -36,7 +36,9 @@ class BusError(Exception):
 class DeviceWindow:
     """A device's registers in the physical address space.
 
-    `read(offset, size)` and `write(offset, size, value)` get 1, 2, 4 or 8 byte accesses.
+    `read(offset, size)` and `write(offset, size, value)` get 1, 2, 4 or 8 byte accesses and end
+    with the access. What a write sets going beyond that (DMA) is done in `work`, which the bus
+    calls after each access, when nothing is held any more: a device is a bus master of its own.
     """
 
     name: str
@@ -44,6 +46,7 @@ class DeviceWindow:
     size: int
     read: Callable[[int, int], int]
     write: Callable[[int, int, int], None]
+    work: Callable[[], None] | None = None
 
 
 class PhysicalMemory:
@@ -93,13 +96,28 @@ class PhysicalMemory:
         """The device windows, in the order they were added."""
         return tuple(self._windows)
 
+    def window_at(self, pa: int, length: int) -> DeviceWindow:
+        """The device that answers an access of `length` bytes (1, 2, 4 or 8) at PA `pa`.
+
+        Raises BusError if there is none, or if the access leaves its window.
+        """
+        for window in self._windows:
+            if window.base <= pa and pa + length <= window.base + window.size:
+                if length in (1, 2, 4, 8):
+                    return window
+                break
+        raise BusError(pa, length)
+
     def read(self, pa: int, length: int) -> bytes:
         """`length` bytes at PA `pa`. A device is read by 1, 2, 4 or 8 bytes. Raises BusError."""
         if self.is_ram(pa, length):
             offset = pa - self.ram_base
             return bytes(self._bytes[offset : offset + length])
-        window = self._window(pa, length)
-        return window.read(pa - window.base, length).to_bytes(length, "little")
+        window = self.window_at(pa, length)
+        value = window.read(pa - window.base, length)
+        if window.work is not None:
+            window.work()
+        return value.to_bytes(length, "little")
 
     def write(self, pa: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` at PA `pa`. Raises BusError. Does not invalidate translated code: see
@@ -109,8 +127,10 @@ class PhysicalMemory:
             offset = pa - self.ram_base
             self._bytes[offset : offset + length] = data
             return
-        window = self._window(pa, length)
+        window = self.window_at(pa, length)
         window.write(pa - window.base, length, int.from_bytes(data, "little"))
+        if window.work is not None:
+            window.work()
 
     def read_u64(self, pa: int) -> int:
         """The aligned 64-bit word at PA `pa` of RAM. Raises BusError."""
@@ -138,11 +158,3 @@ class PhysicalMemory:
     def zero(self, pa: int, length: int) -> None:
         """Zero RAM [pa, pa+length); multiples of 8 bytes. Raises BusError."""
         self.span(pa, length).fill(0)
-
-    def _window(self, pa: int, length: int) -> DeviceWindow:
-        for window in self._windows:
-            if window.base <= pa and pa + length <= window.base + window.size:
-                if length in (1, 2, 4, 8):
-                    return window
-                break
-        raise BusError(pa, length)

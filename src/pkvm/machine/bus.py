@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`Bus`: a bus master's way to physical memory, behind a stage-2 of its own.
+
+The host CPU's loads and stores and each DMA-capable device have one. It keeps
+a TLB, as they do on silicon: a translation stays usable until `invalidate`,
+whatever has become of the tables, so that a missing invalidation is a visible
+bug. Faults are never kept, so making an invalid entry valid needs none.
+
+Locking. `_lock` covers each translation and the access made with it, so that
+`invalidate` returns only when no access with the old translation is under way
+(TLBI, then DSB). It is the innermost lock but for that of whatever `on_write`
+calls: EL2 calls `invalidate` with its own lock held. Therefore `on_fault`,
+which enters EL2, and a device's `work` are called without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from pkvm.arm64.stage2 import (
+    BLOCK_1G,
+    BLOCK_2M,
+    LAST_LEVEL,
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    level_size,
+)
+from pkvm.machine.memory import DeviceWindow, PhysicalMemory
+from pkvm.machine.stage2 import Access, Stage2Context, Stage2Fault, like_pages, permits, walk
+
+FAULT_RETRIES = 4
+"""How often one access asks `on_fault` about one page before it gives up."""
+TLB_PAGES = 1 << 16
+"""Page translations that a TLB holds at most; when full it forgets them all, as a TLB may."""
+
+
+class TlbEntry(NamedTuple):
+    """A cached translation of [ipa, ipa+size) to [pa, pa+size), bytes, for one access."""
+
+    ipa: int
+    size: int
+    pa: int
+    access: Access
+
+
+class _Tlb:
+    """Translations for one access: by page, 2 MiB and 1 GiB number, what to add to an IPA."""
+
+    __slots__ = ("access", "blocks_1g", "blocks_2m", "pages")
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+        self.pages: dict[int, int] = {}
+        self.blocks_2m: dict[int, int] = {}
+        self.blocks_1g: dict[int, int] = {}
+
+    def find(self, ipa: int) -> int | None:
+        """PA minus IPA of a cached translation, or None."""
+        delta = self.pages.get(ipa >> 12)
+        if delta is None:
+            delta = self.blocks_2m.get(ipa >> 21)
+            if delta is None:
+                delta = self.blocks_1g.get(ipa >> 30)
+        return delta
+
+    def size_of(self, ipa: int) -> int:
+        """Bytes that the translation `find` uses for `ipa` covers."""
+        if ipa >> 12 in self.pages:
+            return PAGE_SIZE
+        return BLOCK_2M if ipa >> 21 in self.blocks_2m else BLOCK_1G
+
+    def fill_pages(self, ipa: int, count: int, delta: int) -> None:
+        """Keep `count` pages from `ipa` on; they all have the same distance to their PA."""
+        if len(self.pages) + count > TLB_PAGES:
+            self.pages.clear()
+        first = ipa >> 12
+        if count == 1:
+            self.pages[first] = delta
+        else:
+            self.pages.update(dict.fromkeys(range(first, first + count), delta))
+
+    def fill_block(self, ipa: int, size: int, delta: int) -> None:
+        """Keep a block of 2 MiB or 1 GiB."""
+        if size == BLOCK_2M:
+            self.blocks_2m[ipa >> 21] = delta
+        else:
+            self.blocks_1g[ipa >> 30] = delta
+
+    def forget(self, ipa: int) -> None:
+        self.pages.pop(ipa >> 12, None)
+        self.blocks_2m.pop(ipa >> 21, None)
+        self.blocks_1g.pop(ipa >> 30, None)
+
+    def forget_all(self) -> None:
+        self.pages.clear()
+        self.blocks_2m.clear()
+        self.blocks_1g.clear()
+
+    def entries(self) -> Iterator[TlbEntry]:
+        for size, table in (
+            (PAGE_SIZE, self.pages),
+            (BLOCK_2M, self.blocks_2m),
+            (BLOCK_1G, self.blocks_1g),
+        ):
+            for number, delta in table.items():
+                yield TlbEntry(number * size, size, number * size + delta, self.access)
+
+
+class Bus:
+    """One bus master behind a stage-2 context. Safe for threads.
+
+    Addresses are IPAs of the master, in bytes. An access that crosses pages is split: when it is
+    refused, pages before the refused one have been read or written.
+    """
+
+    def __init__(self, memory: PhysicalMemory, name: str) -> None:
+        self.name = name
+        self.on_fault: Callable[[int, Access, int], bool] | None = None
+        """EL2's abort handler: (ipa, access, fault status code) -> whether to try again. May
+        invalidate this bus; must not access memory through it."""
+        self.on_write: Callable[[int, int], None] | None = None
+        """Told (pa, bytes) after each write to RAM, before the write counts as complete: the
+        CPU engine must forget code translated from there. Must not use this bus."""
+        self._memory = memory
+        self._context: Stage2Context | None = None
+        self._lock = threading.Lock()
+        self._loads = _Tlb(Access.READ)
+        self._stores = _Tlb(Access.WRITE)
+
+    @property
+    def context(self) -> Stage2Context | None:
+        """The stage-2 in force; None is bypass, IPA = PA."""
+        return self._context
+
+    def attach(self, ctx: Stage2Context | None) -> None:
+        """Put the master behind a stage-2, or behind none; forgets every cached translation."""
+        with self._lock:
+            self._context = ctx
+            self._loads.forget_all()
+            self._stores.forget_all()
+
+    def invalidate(self, ipa: int | None = None) -> None:
+        """TLBI and DSB: forget the translation of `ipa`, the whole block if it was one; None:
+        all. When it returns no access with a forgotten translation is under way."""
+        with self._lock:
+            if ipa is None:
+                self._loads.forget_all()
+                self._stores.forget_all()
+            else:
+                self._loads.forget(ipa)
+                self._stores.forget(ipa)
+
+    def tlb_entries(self) -> list[TlbEntry]:
+        """What the TLB holds now, for those who check it against the tables."""
+        with self._lock:
+            return [*self._loads.entries(), *self._stores.entries()]
+
+    def read(self, ipa: int, length: int) -> bytes:
+        """Load `length` bytes. Raises Stage2Fault where refused, BusError where nothing answers,
+        ValueError for a negative length. A device answers 1, 2, 4 or 8 bytes."""
+        if length < 0:
+            raise ValueError(f"cannot read {length} bytes")
+        parts: list[bytes] = []
+        while length:
+            part = self._load(ipa, length)
+            if len(part) == length and not parts:
+                return part
+            parts.append(part)
+            ipa += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    def write(self, ipa: int, data: bytes | bytearray | memoryview) -> None:
+        """Store `data`. Errors as `read`."""
+        length = len(data)
+        done = self._store(ipa, data) if length else 0
+        if done == length:
+            return
+        view = memoryview(data)
+        while done < length:
+            done += self._store(ipa + done, view[done:])
+
+    def read_u64(self, ipa: int) -> int:
+        """Load a 64-bit little-endian word; of RAM in one piece if aligned. Errors as `read`."""
+        if not ipa & 7:
+            memory = self._memory
+            with self._lock:
+                delta = self._loads.find(ipa)
+                if delta is not None:
+                    pa = ipa + delta
+                    if memory.ram_base <= pa < memory.ram_end:
+                        return memory.words[(pa - memory.ram_base) >> 3]
+        return int.from_bytes(self.read(ipa, 8), "little")
+
+    def write_u64(self, ipa: int, value: int) -> None:
+        """Store an unsigned 64-bit word; to RAM in one piece if aligned. Errors as `read`, and
+        ValueError if `value` has more than 64 bits."""
+        if not ipa & 7:
+            memory = self._memory
+            with self._lock:
+                delta = self._stores.find(ipa)
+                if delta is not None:
+                    pa = ipa + delta
+                    if memory.ram_base <= pa < memory.ram_end:
+                        memory.words[(pa - memory.ram_base) >> 3] = value
+                        if self.on_write is not None:
+                            self.on_write(pa, 8)
+                        return
+        if value >> 64:
+            raise ValueError(f"{value:#x} is not an unsigned 64-bit word")
+        self.write(ipa, value.to_bytes(8, "little"))
+
+    def _load(self, ipa: int, length: int) -> bytes:
+        """Load from `ipa` at least one byte and at most `length`: what one translation gives."""
+        memory = self._memory
+        retries = FAULT_RETRIES
+        while True:
+            try:
+                with self._lock:
+                    pa, length = self._locate(ipa, length, self._loads)
+                    if memory.is_ram(pa):
+                        return memory.read(pa, length)
+                    window = memory.window_at(pa, length)
+                    value = window.read(pa - window.base, length)
+            except Stage2Fault as fault:
+                self._ask(fault, retries)
+                retries -= 1
+                continue
+            _let_work(window)
+            return value.to_bytes(length, "little")
+
+    def _store(self, ipa: int, data: bytes | bytearray | memoryview) -> int:
+        """Store at least the first byte of `data`, and return how many were stored."""
+        memory = self._memory
+        retries = FAULT_RETRIES
+        while True:
+            try:
+                with self._lock:
+                    pa, length = self._locate(ipa, len(data), self._stores)
+                    piece = data if length == len(data) else data[:length]
+                    if memory.is_ram(pa):
+                        memory.write(pa, piece)
+                        if self.on_write is not None:
+                            self.on_write(pa, length)
+                        return length
+                    window = memory.window_at(pa, length)
+                    window.write(pa - window.base, length, int.from_bytes(piece, "little"))
+            except Stage2Fault as fault:
+                self._ask(fault, retries)
+                retries -= 1
+                continue
+            _let_work(window)
+            return length
+
+    def _ask(self, fault: Stage2Fault, retries: int) -> None:
+        """Let EL2 handle a fault, without the lock; raise it if EL2 does not or cannot."""
+        if self.on_fault is None or retries == 0:
+            raise fault
+        if not self.on_fault(fault.ipa, fault.access, fault.fsc):
+            raise fault
+
+    def _locate(self, ipa: int, length: int, tlb: _Tlb) -> tuple[int, int]:
+        """PA of `ipa`, and how many bytes from it, at most `length`, follow each other in RAM as
+        they do in the IPA space; outside RAM, to the page's end. Called with the lock held.
+
+        Raises Stage2Fault if the first byte's page is refused; a later one only ends the run.
+        """
+        delta = tlb.find(ipa)
+        if delta is None:
+            delta = self._fill(ipa, length, tlb)
+        pa = ipa + delta
+        rest = PAGE_SIZE - (ipa & PAGE_MASK)
+        if length <= rest:
+            return pa, length
+        memory = self._memory
+        if not memory.is_ram(pa):
+            return pa, rest
+        stop = min(ipa + length, memory.ram_end - delta)
+        end = (ipa | tlb.size_of(ipa) - 1) + 1
+        while end < stop:
+            following = tlb.find(end)
+            if following is None:
+                try:
+                    following = self._fill(end, stop - end, tlb)
+                except Stage2Fault:
+                    break
+            if following != delta:
+                break
+            end = (end | tlb.size_of(end) - 1) + 1
+        return pa, min(end, stop) - ipa
+
+    def _fill(self, ipa: int, length: int, tlb: _Tlb) -> int:
+        """Walk the tables for `ipa`, keep the result for loads and stores, return PA minus IPA.
+
+        Of the pages up to `ipa + length`, those that follow in sequence are kept with it.
+        """
+        ctx = self._context
+        if ctx is None:
+            if self._memory.is_ram(ipa):
+                self._loads.fill_block(ipa, BLOCK_1G, 0)
+                self._stores.fill_block(ipa, BLOCK_1G, 0)
+            return 0
+        found = walk(self._memory, ctx, ipa, tlb.access)
+        delta = found.pa - ipa
+        count = 1
+        if found.level == LAST_LEVEL and length > PAGE_SIZE:
+            count = like_pages(self._memory, ctx, found, length + (ipa & PAGE_MASK) >> PAGE_SHIFT)
+            if count > 1 and self._holds_any(range(ipa >> PAGE_SHIFT, (ipa >> PAGE_SHIFT) + count)):
+                count = 1
+        for one in (self._loads, self._stores):
+            if not permits(found.descriptor, one.access):
+                continue
+            if found.level == LAST_LEVEL:
+                one.fill_pages(ipa, count, delta)
+            else:
+                one.fill_block(ipa, level_size(found.level), delta)
+        return delta
+
+    def _holds_any(self, pages: range) -> bool:
+        """Whether the TLB has a translation of its own for one of these page numbers."""
+        return not (
+            self._loads.pages.keys().isdisjoint(pages)
+            and self._stores.pages.keys().isdisjoint(pages)
+        )
+
+
+def _let_work(window: DeviceWindow) -> None:
+    if window.work is not None:
+        window.work()
