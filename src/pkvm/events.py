@@ -111,6 +111,8 @@ class Tlbi(NamedTuple):
     vmid: int
     ipa: int = NO_ADDRESS
     """The IPA invalidated; -1 for the whole VMID."""
+    bus: str = "cpu"
+    """Whose TLB: "cpu" (the host's and guests'), or "smmu" (that of the DMA masters)."""
 
 
 class VmLife(NamedTuple):

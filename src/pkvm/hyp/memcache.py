@@ -1,42 +1,91 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A VM's cache of table pages: the host pays for its guest's page tables (facts §4.3, memcache)."""
+"""A VM's cache of table pages: the host pays for its guest's page tables (facts §4.3)."""
 
 from __future__ import annotations
 
+import threading
+from typing import Protocol
 
-class Memcache:
-    """Pages that the host donated for one VM's stage-2 tables, linked through their first word.
+import numpy as np
+import numpy.typing as npt
 
-    Made by `MemProtect.new_memcache`. Implements the table source of `Stage2`: tables freed from
-    the guest's stage-2 come back here, zeroed.
-    """
+from pkvm.arm64.stage2 import PAGE_MASK, PAGE_SHIFT
+from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.pool import PageStack
+from pkvm.hyp.vmemmap import Vmemmap
+from pkvm.machine.memory import PhysicalMemory
+
+
+class Donations(Protocol):
+    """The two transitions that fill and empty a memcache; `MemProtect` has them."""
 
     @property
-    def available(self) -> int:
-        """Pages in the cache."""
-        raise NotImplementedError
+    def lock(self) -> threading.RLock:
+        """The lock of all transitions."""
+        ...
+
+    def host_donate_hyp(self, pfn: int, nr: int) -> None:
+        """Pages from the host to EL2."""
+        ...
+
+    def hyp_donate_host_list(self, pfns: npt.NDArray[np.int64]) -> None:
+        """Pages from EL2 to the host."""
+        ...
+
+
+class Memcache(PageStack):
+    """Pages that the host donated for one VM's stage-2 tables.
+
+    It is the table source of the guest's `Stage2`: a table that is freed there comes back here.
+    """
+
+    def __init__(self, memory: PhysicalMemory, vmemmap: Vmemmap, donations: Donations) -> None:
+        super().__init__(memory, vmemmap)
+        self._memory = memory
+        self._donations = donations
 
     def topup(self, head_pa: int, nr: int) -> int:
-        """Take `nr` pages from the host's linked list that starts at PA `head_pa` (next PA in the
-        first word of each). All or none. Returns nr.
+        """Take `nr` pages from the host's list that starts at PA `head_pa`, all or none; the
+        first word of each page is the PA of the next. Returns `nr`.
 
-        Each page is donated before its link is read, so the host cannot change it in between.
-        Raises Refused: EINVAL for nr out of range, ENOMEM for the first page that cannot be
-        donated (unaligned, not RAM, not host-owned, list too short or circular).
+        A page is donated before its link is read, so that the host cannot change it in between.
+        Raises Refused: EINVAL for a number that cannot be, ENOMEM for the first page that EL2
+        cannot have (not aligned, not RAM, not the host's own, twice in the list, list too short).
         """
-        raise NotImplementedError
+        memory = self._memory
+        if not 0 < nr <= memory.ram_bytes >> PAGE_SHIFT:
+            raise Refused(Errno.EINVAL, "count", f"a list of {nr} pages cannot be")
+        with self._donations.lock:
+            taken: list[int] = []
+            pa = head_pa
+            while len(taken) < nr:
+                try:
+                    if pa & PAGE_MASK:
+                        why = "the address is not that of a page"
+                        raise Refused(Errno.EINVAL, "alignment", why)
+                    self._donations.host_donate_hyp(pa >> PAGE_SHIFT, 1)
+                except Refused as refused:
+                    if taken:
+                        self._give_back(taken)
+                    why = f"page {len(taken)} of the list: {refused.why}"
+                    raise Refused(Errno.ENOMEM, refused.check, why, pa=pa) from refused
+                taken.append(pa)
+                pa = memory.read_u64(pa)
+            for page in reversed(taken):
+                self.free(page)
+        return nr
 
     def drain(self) -> tuple[int, int]:
-        """Give every page back to the host, zeroed but for the link in its first word.
+        """Give every page back to the host, zero but for the link in its first word (0 in the
+        last). Returns (PA of the first or 0, number of pages)."""
+        with self._donations.lock:
+            pages = self.pages()
+            head, self._head, self._count = self._head, 0, 0
+            if pages:
+                self._give_back(pages)
+        return head, len(pages)
 
-        Returns (PA of the first page or 0, number of pages): HostVm.TEARDOWN_HEAD and _NR.
-        """
-        raise NotImplementedError
+    def _give_back(self, pages: list[int]) -> None:
+        self._donations.hyp_donate_host_list(np.array(pages, np.int64) >> PAGE_SHIFT)
 
-    def alloc(self) -> int:
-        """PA of a zeroed page, refcount 1. Raises HypBug if empty: callers check first."""
-        raise NotImplementedError
 
-    def free(self, pa: int) -> None:
-        """Put the table page at `pa` back, zeroed."""
-        raise NotImplementedError

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Stage-2 tables, many pages at once: arrays of frames in, tables filled with numpy.
+
+A frame is an IPA >> 12, a region the 2 MiB that one last-level table covers
+(frame >> 9). A contiguous range is nothing special: it is an array of frames
+that happens to be dense. The rules are `pkvm.hyp.pgtable`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pkvm.arm64.stage2 import (
+    ADDRESS_MASK,
+    LAST_LEVEL,
+    PAGE_SHIFT,
+    TABLE_ENTRIES,
+    VALID,
+    is_table,
+    level_shift,
+    level_size,
+)
+from pkvm.hyp.pgtable import Stage2
+
+Frames = npt.NDArray[np.int64]
+Entries = npt.NDArray[np.uint64]
+REGION_FRAMES = TABLE_ENTRIES
+_REGION_SHIFT = 9
+
+
+class Leaves(NamedTuple):
+    """Non-zero leaves of a tree by rising IPA: first frame, descriptor and level of each."""
+
+    frames: Frames
+    entries: Entries
+    levels: Frames
+
+    @property
+    def npages(self) -> Frames:
+        """Pages that each leaf covers."""
+        return np.left_shift(1, _REGION_SHIFT * (LAST_LEVEL - self.levels))
+
+
+def regions_of(frames: Frames) -> Frames:
+    """The regions that hold `frames`, rising, each once."""
+    regions = frames >> _REGION_SHIFT
+    changes = np.flatnonzero(regions[1:] != regions[:-1]) + 1
+    return np.unique(regions[np.concatenate(([0], changes))])
+
+
+def leaves(stage2: Stage2, frame: int, nr: int) -> Leaves:
+    """The non-zero leaves that overlap `nr` frames from `frame`, which must be in the tree's
+    space. Costs what is mapped, not what is asked for."""
+    parts = list(_leaves_below(stage2, stage2.root, stage2.start_level, 0, frame, frame + nr))
+    if not parts:
+        empty = np.empty(0, np.int64)
+        return Leaves(empty, np.empty(0, np.uint64), empty)
+    return Leaves(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _leaves_below(
+    stage2: Stage2, table: int, level: int, first: int, start: int, end: int
+) -> Iterator[tuple[Frames, Entries, Frames]]:
+    """The leaves in [start, end) below the table at PA `table`, whose first entry covers frame
+    `first`; at the start level the concatenated tables count as one."""
+    shift = level_shift(level) - PAGE_SHIFT
+    count = TABLE_ENTRIES * (stage2.root_tables if table == stage2.root else 1)
+    low = max(0, start - first >> shift)
+    high = min(count, (end - 1 - first >> shift) + 1)
+    entries = stage2.memory.span(table + low * 8, (high - low) * 8)
+    used = np.flatnonzero(entries)
+    frames = first + (low + used << shift)
+    if level == LAST_LEVEL:
+        if used.size:
+            yield frames, entries[used], np.full(used.size, level)
+        return
+    for at, entry in zip(frames.tolist(), entries[used].tolist(), strict=True):
+        if is_table(entry, level):
+            yield from _leaves_below(stage2, entry & ADDRESS_MASK, level + 1, at, start, end)
+        else:
+            yield np.array([at]), np.array([entry], np.uint64), np.array([level])
+
+
+def has_table(stage2: Stage2, region: int) -> bool:
+    """Whether `region` has a last-level table."""
+    return stage2.find(region << level_shift(2))[2] == LAST_LEVEL
+
+
+def missing_tables(stage2: Stage2, regions: Frames, blocks: list[tuple[int, int]]) -> int:
+    """Table pages to be made before pages can be mapped in `regions` (each once), and `blocks`,
+    (frame, level) of each; where those go, nothing is mapped yet."""
+    missing = 0
+    wanted = np.unique(regions)
+    for level in range(LAST_LEVEL, stage2.start_level, -1):
+        covers = level_shift(level - 1)
+        inside = [frame >> covers - PAGE_SHIFT for frame, at in blocks if at == level]
+        if inside:
+            wanted = np.unique(np.concatenate((wanted, np.array(inside, np.int64))))
+        for prefix in wanted.tolist():
+            if stage2.find(prefix << covers)[2] < level:
+                missing += 1
+        wanted = np.unique(wanted >> _REGION_SHIFT)
+    return missing
+
+
+def write_pages(stage2: Stage2, frames: Frames, entries: Entries | np.uint64) -> bool:
+    """Write the last-level entry of every frame (each once): all zero, or none of them.
+
+    Tables are made where missing and freed when their last entry goes; no block may cover a
+    frame. Returns whether a valid entry was overwritten: then a TLBI is due.
+    """
+    regions = regions_of(frames)
+    first = int(regions[0])
+    tables = np.zeros(int(regions[-1]) - first + 1, np.int64)
+    tables[regions - first] = [stage2.l3_index(region) for region in regions.tolist()]
+    rows = (frames >> _REGION_SHIFT) - first
+    index = tables[rows] + (frames & TABLE_ENTRIES - 1)
+    words = stage2.memory.u64
+    old = words[index]
+    words[index] = entries
+    was_used = old != 0
+    now_used = bool(np.all(entries))
+    changed = rows[~was_used] if now_used else rows[was_used]
+    counts = np.bincount(changed, minlength=tables.size)
+    for region in regions[counts[regions - first] != 0].tolist():
+        page = int(tables[region - first]) >> _REGION_SHIFT
+        count = int(counts[region - first])
+        stage2.refcount[page] += count if now_used else -count
+        if stage2.refcount[page] == 1:
+            stage2.prune(region << level_shift(2))
+    return bool(np.any(old & np.uint64(VALID)))
+
+
+def clear(stage2: Stage2, found: Leaves) -> None:
+    """Zero these leaves, whole blocks included, and free emptied tables. A TLBI is due."""
+    is_page = found.levels == LAST_LEVEL
+    for at in np.flatnonzero(~is_page).tolist():
+        stage2.put(int(found.frames[at]) << PAGE_SHIFT, 0, int(found.levels[at]))
+    if is_page.any():
+        write_pages(stage2, found.frames[is_page], np.uint64(0))
+
+
+def cuts(stage2: Stage2, frame: int, nr: int) -> list[int]:
+    """IPAs to be split, in order, one table page each, so that no block of the tree straddles an
+    end of the `nr` frames from `frame`."""
+    found: list[int] = []
+    seen = set()
+    for edge in (frame, frame + nr):
+        ipa = edge << PAGE_SHIFT
+        if ipa >> stage2.ipa_bits:
+            continue
+        _, entry, level = stage2.find(ipa)
+        if not entry & VALID:
+            continue
+        while level < LAST_LEVEL and ipa % level_size(level):
+            if (level, ipa >> level_shift(level)) not in seen:
+                seen.add((level, ipa >> level_shift(level)))
+                found.append(ipa)
+            level += 1
+    return found
+
+
+def page_entries(found: Leaves) -> tuple[Frames, Frames]:
+    """(frames, PFNs) of the single pages that valid leaves cover, blocks taken apart."""
+    npages = found.npages
+    total = int(npages.sum())
+    offsets = np.arange(total) - np.repeat(np.cumsum(npages) - npages, npages)
+    pfns = ((found.entries & np.uint64(ADDRESS_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    return np.repeat(found.frames, npages) + offsets, np.repeat(pfns, npages) + offsets
+

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the host and its devices can reach: the host's stage-2 and that of the DMA masters.
+
+The host's is an identity map, filled lazily by its faults with the largest
+blocks that fit (facts §3.5). A page that the host lost has an annotation in its
+place: its owner, and for a guest the frame. Default mappings carry no state, so
+a block that loses one page is dropped whole and the rest faults back.
+
+The DMA masters' is an identity map of all RAM that the host may access, made at
+once, since a device's fault cannot be repaired. A block that loses one page is
+split, contents preserved. Device windows are no targets of DMA.
+
+Order (facts §10): a page is lost by host entry, TLBI, DMA entry, TLBI, then the
+state; it comes back by host entry, DMA entry, then the state, which the caller
+sets. Both trees live on EL2's own pool, which is large enough for all RAM at
+page granularity: see `pool_pages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from pkvm.arm64.esr import FSC_TRANSLATION
+from pkvm.arm64.stage2 import (
+    ANNOTATION,
+    ATTR_DEVICE_RW,
+    ATTR_NORMAL_RWX,
+    BLOCK_1G,
+    BLOCK_2M,
+    BLOCK_LEVELS,
+    LAST_LEVEL,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    TABLE_OR_PAGE,
+    VALID,
+    XN_NONE,
+    Geometry,
+    Owner,
+    level_size,
+)
+from pkvm.events import NO_ADDRESS, HostAbort, Recorder, Refusal, Tlbi
+from pkvm.hyp.bulk import (
+    REGION_FRAMES,
+    Entries,
+    Frames,
+    clear,
+    leaves,
+    regions_of,
+    write_pages,
+)
+from pkvm.hyp.errors import Errno
+from pkvm.hyp.pgtable import Stage2
+from pkvm.hyp.pool import PagePool
+from pkvm.hyp.vmemmap import Vmemmap
+from pkvm.machine.memory import PhysicalMemory
+from pkvm.machine.stage2 import Access, Stage2Context
+
+HOST_VMID = 0
+HOST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
+ATTR_DMA = ATTR_NORMAL_RWX | XN_NONE
+DMA_PAGE = ATTR_DMA | TABLE_OR_PAGE
+_SPARE_PAGES = 16
+_MMIO_BYTES = BLOCK_1G
+
+
+class BusMaster(Protocol):
+    """A bus behind a stage-2, as far as EL2 programs it; `pkvm.machine.bus.Bus` is one."""
+
+    on_fault: Callable[[int, Access, int], bool] | None
+
+    def attach(self, ctx: Stage2Context | None) -> None:
+        """Translate by this tree from now on."""
+        ...
+
+    def invalidate(self, ipa: int | None = None) -> None:
+        """TLBI and DSB: one page, or everything."""
+        ...
+
+
+def tree_pages(nbytes: int, geometry: Geometry) -> int:
+    """Table pages of an identity map of `nbytes` at page granularity, wherever they lie."""
+    pages = 2 * geometry.root_tables
+    for level in range(geometry.start_level, LAST_LEVEL):
+        pages += -(-nbytes // level_size(level)) + 1
+    return pages
+
+
+def pool_pages(ram_bytes: int, geometry: Geometry) -> int:
+    """Pages of EL2's pool: two trees of all RAM, and some for MMIO (facts §3.5)."""
+    return (
+        2 * tree_pages(ram_bytes, geometry)
+        + _MMIO_BYTES // BLOCK_2M
+        + _MMIO_BYTES // BLOCK_1G
+        + _SPARE_PAGES
+    )
+
+
+def describe_owner(annotation: int) -> str:
+    """Whose a page is by its annotated entry in the host's stage-2, in words."""
+    if ANNOTATION["owner"].get(annotation) == Owner.GUEST:
+        handle = ANNOTATION["vm"].get(annotation)
+        return f"VM {handle:#x} (guest frame {ANNOTATION['gfn'].get(annotation):#x})"
+    return "EL2"
+
+
+class HostMemory:
+    """Both identity trees. With `enforced` False neither is built nor kept, and every page stays
+    reachable: a host that is not in protected mode.
+
+    Pages are given by PA (bytes) or PFN and lie in RAM: the callers have checked.
+    """
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        vmemmap: Vmemmap,
+        pool: PagePool,
+        *,
+        vtcr: int,
+        host_bus: BusMaster,
+        dma_bus: BusMaster,
+        recorder: Recorder,
+        enforced: bool,
+    ) -> None:
+        self.memory = memory
+        self.pool = pool
+        self.enforced = enforced
+        self.host_bus = host_bus
+        self.dma_bus = dma_bus
+        self._record = recorder.record
+        roots = []
+        for invalidate in (self._invalidate_host, self._invalidate_dma):
+            root_tables = Geometry(64 - (vtcr & 0x3F)).root_tables
+            root = pool.alloc_aligned(root_tables)
+            roots.append(
+                Stage2(
+                    memory,
+                    vmemmap,
+                    pool,
+                    root=root,
+                    vmid=HOST_VMID,
+                    vtcr=vtcr,
+                    invalidate=invalidate,
+                )
+            )
+        self.stage2, self.dma = roots
+        self._most_tables = 2 * (LAST_LEVEL - self.stage2.start_level)
+
+    def map_for_dma(self, pa: int, end: int) -> None:
+        """Map RAM [pa, end), page-aligned, for the DMA masters, in blocks where it goes: for
+        memory that they have not reached before."""
+        while pa < end:
+            if pa % BLOCK_2M == 0 and pa + BLOCK_2M <= end:
+                self.dma.put(pa, pa | ATTR_DMA, BLOCK_LEVELS[-1])
+                pa += BLOCK_2M
+            else:
+                self.dma.put(pa, pa | DMA_PAGE)
+                pa += PAGE_SIZE
+
+    def attach(self, on_fault: Callable[[int, Access, int], bool]) -> None:
+        """Put the buses behind the trees; the host's faults go to `on_fault`."""
+        if not self.enforced:
+            return
+        self.host_bus.on_fault = on_fault
+        self.host_bus.attach(Stage2Context(self.stage2.vttbr, self.stage2.vtcr))
+        self.dma_bus.attach(Stage2Context(self.dma.vttbr, self.dma.vtcr))
+        self._invalidate_host(NO_ADDRESS)
+        self._invalidate_dma(NO_ADDRESS)
+
+    def take_page(self, pa: int, annotation: int) -> None:
+        """The host loses the page at `pa` to the owner that `annotation` names."""
+        if not self.enforced:
+            return
+        self._reserve(self._most_tables)
+        stage2 = self.stage2
+        _, entry, level = stage2.find(pa)
+        if level < LAST_LEVEL:
+            if entry & VALID:
+                stage2.put(pa, 0, level)
+                self._invalidate_host(NO_ADDRESS)
+            stage2.put(pa, annotation)
+        else:
+            stage2.put(pa, annotation)
+            if entry & VALID:
+                self._invalidate_host(pa)
+        if self.dma.find(pa)[2] < LAST_LEVEL:
+            self.dma.split(pa)
+        self.dma.put(pa, 0)
+        self._invalidate_dma(pa)
+
+    def give_page(self, pa: int) -> None:
+        """The host may use the page at `pa` again, which it had lost."""
+        if not self.enforced:
+            return
+        self._reserve(self._most_tables)
+        self.stage2.put(pa, pa | HOST_PAGE)
+        self.dma.put(pa, pa | DMA_PAGE)
+
+    def take_pages(self, pfns: Frames, annotations: Entries | np.uint64) -> None:
+        """The host loses these pages (each once), to the owners that the annotations name."""
+        if not self.enforced:
+            return
+        regions = regions_of(pfns)
+        self._reserve_regions(regions)
+        stage2 = self.stage2
+        broken = False
+        for region in regions.tolist():
+            _, entry, level = stage2.find(region * BLOCK_2M)
+            if level < LAST_LEVEL and entry & VALID:
+                stage2.put(region * BLOCK_2M, 0, level)
+                broken = True
+        if broken:
+            self._invalidate_host(NO_ADDRESS)
+        if write_pages(stage2, pfns, annotations):
+            self._invalidate_host(NO_ADDRESS)
+        single = self._whole_regions_from_dma(pfns, regions)
+        if single.size:
+            write_pages(self.dma, single, np.uint64(0))
+        self._invalidate_dma(NO_ADDRESS)
+
+    def give_pages(self, pfns: Frames) -> None:
+        """The host may use these pages (each once) again. It maps them lazily, in blocks where
+        nothing else of the region is lost."""
+        if not self.enforced:
+            return
+        regions = regions_of(pfns)
+        self._reserve_regions(regions)
+        write_pages(self.stage2, pfns, np.uint64(0))
+        self._invalidate_host(NO_ADDRESS)
+        whole, single = _whole_and_single(pfns, regions)
+        for region in whole.tolist():
+            self.dma.put(region * BLOCK_2M, region * BLOCK_2M | ATTR_DMA, BLOCK_LEVELS[-1])
+        if single.size:
+            addresses = (single << PAGE_SHIFT).astype(np.uint64)
+            write_pages(self.dma, single, addresses | np.uint64(DMA_PAGE))
+
+    def abort(self, ipa: int, access: Access, fsc: int) -> bool:
+        """The host CPU faulted at `ipa`. Maps what it may have (True: retry the access), or says
+        no (False: the host gets an abort, facts §3.7)."""
+        mapped, why = self._resolve(ipa, fsc)
+        self._record(HostAbort(ipa, access.value, mapped))
+        if not mapped:
+            self._record(
+                Refusal("host_access", "host_stage2", Errno.EFAULT, why, pa=ipa, ipa=ipa)
+            )
+        return mapped
+
+    def _resolve(self, ipa: int, fsc: int) -> tuple[bool, str]:
+        stage2 = self.stage2
+        if ipa < 0 or ipa >> stage2.ipa_bits:
+            return False, "the address is beyond the physical address space"
+        _, entry, level = stage2.find(ipa)
+        if not entry & VALID and entry:
+            return False, f"the page belongs to {describe_owner(entry)}"
+        if fsc & ~3 != FSC_TRANSLATION:
+            return False, "the mapping does not permit this access"
+        if entry:
+            return True, ""
+        memory = self.memory
+        if memory.is_ram(ipa):
+            low, high, attr = memory.ram_base, memory.ram_end, ATTR_NORMAL_RWX
+        elif ipa < memory.ram_base:
+            low, high, attr = 0, memory.ram_base, ATTR_DEVICE_RW
+        else:
+            low, high, attr = memory.ram_end, 1 << stage2.ipa_bits, ATTR_DEVICE_RW
+        self._reserve(self._most_tables)
+        for at in BLOCK_LEVELS:
+            start = ipa & -level_size(at)
+            if at >= level and low <= start and start + level_size(at) <= high:
+                stage2.put(start, start | attr, at)
+                return True, ""
+        page = ipa & -PAGE_SIZE
+        stage2.put(page, page | attr | TABLE_OR_PAGE)
+        return True, ""
+
+    def _whole_regions_from_dma(self, pfns: Frames, regions: Frames) -> Frames:
+        """Unmap whole regions from the DMA tree, split the blocks of others; returns the pages
+        that are left to unmap one by one."""
+        dma = self.dma
+        whole, single = _whole_and_single(pfns, regions)
+        in_tables = []
+        for region in whole.tolist():
+            level = dma.find(region * BLOCK_2M)[2]
+            if level < LAST_LEVEL:
+                dma.put(region * BLOCK_2M, 0, level)
+            else:
+                in_tables.append(region)
+        if single.size:
+            for region in regions_of(single).tolist():
+                if dma.find(region * BLOCK_2M)[2] < LAST_LEVEL:
+                    dma.split(region * BLOCK_2M)
+        if in_tables:
+            inside = np.isin(pfns // REGION_FRAMES, np.array(in_tables))
+            single = np.concatenate((single, pfns[inside]))
+        return single
+
+    def _reserve_regions(self, regions: Frames) -> None:
+        """As `_reserve`, for pages in these regions, in both trees."""
+        self._reserve(2 * int(regions.size) + self._most_tables * 2)
+
+    def _reserve(self, npages: int) -> None:
+        """Have `npages` in the pool before anything changes, if need be by dropping the host's
+        MMIO mappings, which fault back. RAM alone never exhausts the pool."""
+        if self.pool.available >= npages:
+            return
+        stage2 = self.stage2
+        ram_start = self.memory.ram_base >> PAGE_SHIFT
+        ram_end = self.memory.ram_end >> PAGE_SHIFT
+        limit = 1 << stage2.ipa_bits - PAGE_SHIFT
+        for first, end in ((0, ram_start), (ram_end, limit)):
+            if first < end:
+                clear(stage2, leaves(stage2, first, end - first))
+        self._invalidate_host(NO_ADDRESS)
+
+    def _invalidate_host(self, ipa: int) -> None:
+        self.host_bus.invalidate(None if ipa == NO_ADDRESS else ipa)
+        self._record(Tlbi(HOST_VMID, ipa))
+
+    def _invalidate_dma(self, ipa: int) -> None:
+        self.dma_bus.invalidate(None if ipa == NO_ADDRESS else ipa)
+        self._record(Tlbi(HOST_VMID, ipa, "smmu"))
+
+
+def _whole_and_single(pfns: Frames, regions: Frames) -> tuple[Frames, Frames]:
+    """The regions of which every page is in `pfns`, and the pages that lie in others."""
+    first = int(regions[0])
+    rows = pfns // REGION_FRAMES - first
+    counts = np.bincount(rows)
+    is_whole = counts == REGION_FRAMES
+    return np.flatnonzero(is_whole) + first, pfns[~is_whole[rows]]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every transition of ownership stands on: the state it works on, and its checks.
+
+The order of checks is facts §3.2: numbers (EINVAL), memory map (EINVAL for a
+range that straddles its end, EPERM for what is not RAM), states (EPERM),
+refcounts (EBUSY), table pages (ENOMEM). Only then does anything change.
+
+One lock covers the host's, EL2's and all guests' memory. Upstream has one for
+each, always taken in that order; with one, a transition cannot see another half
+done. Whoever also locks the table of VMs takes that one first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pkvm.arm64.stage2 import PAGE_SHIFT, PageState
+from pkvm.events import Recorder
+from pkvm.hyp.errors import Errno, HypBug, Refused
+from pkvm.hyp.host_memory import HostMemory
+from pkvm.hyp.memcache import Memcache
+from pkvm.hyp.pgtable import Stage2
+from pkvm.hyp.vmemmap import Vmemmap, host_state, hyp_state
+from pkvm.machine.memory import PhysicalMemory
+
+
+class GuestMemory(Protocol):
+    """What a VM must have so that memory can change hands with it; the VM object implements it."""
+
+    @property
+    def handle(self) -> int:
+        """EL2's handle, 0x1000 + index."""
+        ...
+
+    @property
+    def stage2(self) -> Stage2:
+        """The guest's stage-2, made by `MemProtect.new_guest_stage2`."""
+        ...
+
+    @property
+    def memcache(self) -> Memcache:
+        """The source of its tables, made by `MemProtect.new_memcache`."""
+        ...
+
+
+class Ownership:
+    """The state of all memory, and the checks that the transitions share."""
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        vmemmap: Vmemmap,
+        host: HostMemory,
+        *,
+        ipa_bits: int,
+        invalidate_code: Callable[[int, int], None],
+        recorder: Recorder,
+    ) -> None:
+        self.memory = memory
+        self.vmemmap = vmemmap
+        self.host = host
+        self.lock = threading.RLock()
+        self._record = recorder.record
+        self._invalidate_code = invalidate_code
+        self._state = vmemmap.state
+        self._first_pfn = memory.ram_base >> PAGE_SHIFT
+        self._npages = vmemmap.npages
+        self._frame_limit = 1 << ipa_bits - PAGE_SHIFT
+        """Frames of the PA space, and of every IPA space: a guest's is as large."""
+
+    def zero(self, pa: int, nbytes: int) -> None:
+        """Zero RAM [pa, pa+nbytes) (multiples of 8), and forget code translated from it."""
+        self.memory.zero(pa, nbytes)
+        self._invalidate_code(pa, nbytes)
+
+    def _ram_pages(self, pfn: int, nr: int) -> int:
+        """Page number within RAM of `pfn`, the first of `nr`, numbers from outside.
+
+        Raises Refused: EINVAL for numbers beyond the PA space and for a range that is RAM only
+        in part, EPERM for what is not RAM.
+        """
+        if not (0 <= pfn < self._frame_limit and 0 < nr <= self._frame_limit - pfn):
+            raise Refused(Errno.EINVAL, "pfn_range", f"no {nr} pages can start at frame {pfn:#x}")
+        page = pfn - self._first_pfn
+        if page < 0 or page + nr > self._npages:
+            pa = pfn << PAGE_SHIFT
+            if page + nr <= 0 or page >= self._npages:
+                raise Refused(Errno.EPERM, "ram_range", "only RAM can change owner", pa=pa)
+            raise Refused(Errno.EINVAL, "ram_range", "the range is RAM only in part", pa=pa)
+        return page
+
+    def _check_gfns(self, vm: GuestMemory, gfn: int, nr: int) -> None:
+        """Refuse (EINVAL) `nr` frames from `gfn` that are not in the IPA space."""
+        if not (0 <= gfn < self._frame_limit and 0 < nr <= self._frame_limit - gfn):
+            why = f"no {nr} pages can start at guest frame {gfn:#x}"
+            raise Refused(Errno.EINVAL, "gfn_range", why, vm=vm.handle)
+
+    def _check_states(self, page: int, nr: int, expected: int) -> None:
+        """Refuse (EPERM) unless each of `nr` pages has the state byte `expected`."""
+        if nr == 1:
+            if self._state[page] != expected:
+                raise self._wrong_state(page, expected)
+            return
+        states = self.vmemmap.states[page : page + nr]
+        wrong = states != expected
+        if wrong.any():
+            raise self._wrong_state(page + int(np.argmax(wrong)), expected)
+
+    def _wrong_state(self, page: int, expected: int) -> Refused:
+        """The refusal for a page whose state byte is not `expected`."""
+        states = self._state[page]
+        pa = page + self._first_pfn << PAGE_SHIFT
+        check, is_state, must_be = "host_state", host_state(states), host_state(expected)
+        if is_state == must_be:
+            check, is_state, must_be = "hyp_state", hyp_state(states), hyp_state(expected)
+        side = "the host" if check == "host_state" else "EL2"
+        why = f"to {side} the page is {is_state.name}, not {must_be.name}"
+        return Refused(Errno.EPERM, check, why, pa=pa)
+
+    def _check_tables(self, vm: GuestMemory, needed: int) -> None:
+        """Refuse (ENOMEM) unless the VM's memcache has `needed` pages."""
+        missing = needed - vm.memcache.available
+        if missing > 0:
+            raise Refused(
+                Errno.ENOMEM,
+                "memcache",
+                f"{missing} more table pages are needed",
+                vm=vm.handle,
+                pages_needed=missing,
+            )
+
+    def _guest_state_refusal(
+        self, vm: GuestMemory, ipa: int, state: PageState, wanted: PageState
+    ) -> Refused:
+        """EFAULT for a guest page that is not mapped, EPERM for one in another state."""
+        errno = Errno.EFAULT if state == PageState.NOPAGE else Errno.EPERM
+        why = f"to the guest the page is {state.name}, not {wanted.name}"
+        return Refused(errno, "guest_state", why, ipa=ipa, vm=vm.handle)
+
+    def _page_of(self, pfn: int) -> int:
+        """Page number within RAM of a PFN that EL2 itself wrote into a table."""
+        page = pfn - self._first_pfn
+        if not 0 <= page < self._npages:
+            raise HypBug(f"frame {pfn:#x} in a stage-2 table is not RAM")
+        return page
+
+    def _pages_of(self, pfns: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """As `_page_of`, for many."""
+        pages = pfns - self._first_pfn
+        if pages.min() < 0 or pages.max() >= self._npages:
+            raise HypBug("a frame in a stage-2 table is not RAM")
+        return pages
+
+    def _pfns(self, pfn: int, nr: int) -> npt.NDArray[np.int64]:
+        return np.arange(pfn, pfn + nr, dtype=np.int64)
+
+

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Free pages that EL2 keeps: a stack linked through the pages, and EL2's own pool on top of it.
+
+A free page is zero but for the link in its first word, so a page that is taken
+out is zero (facts §3.9). A page in use as a table has a refcount of 1 plus its
+entries; a free one has 0.
+"""
+
+from __future__ import annotations
+
+from pkvm.arm64.stage2 import PAGE_SHIFT, PAGE_SIZE, TABLE_ENTRIES
+from pkvm.hyp.errors import Errno, HypBug, Refused
+from pkvm.hyp.vmemmap import Vmemmap
+from pkvm.machine.memory import PhysicalMemory
+
+_ZERO_PAGE = memoryview(bytes(PAGE_SIZE)).cast("Q")
+
+
+class PageStack:
+    """A stack of free, zeroed pages of EL2's; the first word of each is the PA of the next."""
+
+    def __init__(self, memory: PhysicalMemory, vmemmap: Vmemmap) -> None:
+        self._words = memory.words
+        self._base = memory.ram_base
+        self._refcount = vmemmap.refcount
+        self._head = 0
+        self._count = 0
+
+    @property
+    def available(self) -> int:
+        """Pages that `alloc` can still give."""
+        return self._count
+
+    def alloc(self) -> int:
+        """PA of a page, all zero, refcount 1. Raises HypBug if there is none: callers count
+        before they change anything."""
+        if not self._count:
+            raise HypBug("a table page was taken from an empty cache")
+        pa = self._head
+        offset = pa - self._base
+        self._head = self._words[offset >> 3]
+        self._words[offset >> 3] = 0
+        self._refcount[offset >> PAGE_SHIFT] = 1
+        self._count -= 1
+        return pa
+
+    def free(self, pa: int) -> None:
+        """Put the page at `pa` (bytes, aligned) on the stack, zeroed, refcount 0."""
+        offset = pa - self._base
+        first = offset >> 3
+        self._words[first : first + TABLE_ENTRIES] = _ZERO_PAGE
+        self._words[first] = self._head
+        self._refcount[offset >> PAGE_SHIFT] = 0
+        self._head = pa
+        self._count += 1
+
+    def pages(self) -> list[int]:
+        """PAs of the free pages on the stack, next to go first: for EL2's end of a VM and for
+        those who check."""
+        found = []
+        pa = self._head
+        for _ in range(self._count):
+            found.append(pa)
+            pa = self._words[(pa - self._base) >> 3]
+        return found
+
+
+class PagePool(PageStack):
+    """EL2's own pages [base, base + nbytes), from which host and DMA tables are made.
+
+    Fresh pages are handed out from the bottom, freed ones are used first. `base` and `nbytes` are
+    page-aligned; the pages are zero when the pool is made.
+    """
+
+    def __init__(self, memory: PhysicalMemory, vmemmap: Vmemmap, base: int, nbytes: int) -> None:
+        super().__init__(memory, vmemmap)
+        self._fresh = base
+        self._end = base + nbytes
+
+    @property
+    def available(self) -> int:
+        """Pages that `alloc` can still give."""
+        return self._count + (self._end - self._fresh >> PAGE_SHIFT)
+
+    def alloc(self) -> int:
+        """PA of a page, all zero, refcount 1. Raises Refused(ENOMEM)."""
+        if self._count:
+            return super().alloc()
+        return self.alloc_aligned(1)
+
+    def alloc_aligned(self, npages: int) -> int:
+        """PA of `npages` fresh contiguous pages, aligned to their size (a power of two of
+        pages), each with refcount 1: for concatenated root tables. Raises Refused(ENOMEM)."""
+        size = npages * PAGE_SIZE
+        pa = -(-self._fresh // size) * size
+        if pa + size > self._end:
+            raise Refused(Errno.ENOMEM, "hyp_pool", f"EL2 has no {npages} free pages left")
+        for skipped in range(self._fresh, pa, PAGE_SIZE):
+            self.free(skipped)
+        self._fresh = pa + size
+        for page in range(pa, pa + size, PAGE_SIZE):
+            self._refcount[(page - self._base) >> PAGE_SHIFT] = 1
+        return pa
