@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`Machine`: RAM, one physical CPU, the bus masters and the clock, wired together.
+
+The physical address map: RAM from 0x8000_0000 on, the DMA copy engine's
+registers at 0x1000_0000. The host CPU (`host_bus`) and the copy engine
+(`dma_bus`) start with no stage-2 before them, as at reset; EL2 puts them behind
+one. What they write to RAM, the CPU engine forgets its translations of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from pkvm.arm64.stage2 import PARANGE_BITS
+from pkvm.events import Recorder
+from pkvm.machine.bus import Bus
+from pkvm.machine.clock import RealClock, VirtualClock, counter_ticks
+from pkvm.machine.cpu.engine import CpuEngine
+from pkvm.machine.dma import CopyEngine
+from pkvm.machine.memory import PhysicalMemory
+
+RAM_BASE = 0x8000_0000
+DMA_BASE = 0x1000_0000
+PARANGE = 2
+"""ID_AA64MMFR0_EL1.PARange."""
+IPA_BITS = PARANGE_BITS[PARANGE]
+"""Bits of a physical address, and so of every IPA."""
+
+
+class EngineFactory(Protocol):
+    """What makes a CPU engine over a machine's memory."""
+
+    def __call__(
+        self,
+        memory: PhysicalMemory,
+        *,
+        cpu_model: str,
+        count_blocks: bool,
+        counter: Callable[[], int] | None,
+    ) -> CpuEngine:
+        """Make the engine. `counter` gives CNTVCT_EL0 without its offset; None: real time."""
+        ...
+
+
+class Machine:
+    """One machine with `ram_bytes` of RAM, a multiple of the page size.
+
+    `virtual_clock`: time is counted in guest code and a run repeats exactly. `make_engine` makes
+    the CPU engine, Unicorn's if None. Raises ValueError for a RAM that is not page-aligned or
+    leaves the physical address space, MemoryError if the process cannot have it, and EngineError
+    if the engine cannot work here.
+    """
+
+    def __init__(
+        self,
+        ram_bytes: int,
+        *,
+        virtual_clock: bool = False,
+        cpu_model: str = "cortex-a72",
+        recorder: Recorder,
+        make_engine: EngineFactory | None = None,
+    ) -> None:
+        if RAM_BASE + ram_bytes > 1 << IPA_BITS:
+            raise ValueError(f"{ram_bytes:#x} bytes of RAM leave a {IPA_BITS}-bit address space")
+        if make_engine is None:
+            make_engine = _unicorn()
+        self.memory = PhysicalMemory(RAM_BASE, ram_bytes)
+        self.host_bus = Bus(self.memory, "host")
+        self.dma_bus = Bus(self.memory, "dma-copy")
+        self.dma = CopyEngine(self.dma_bus, recorder, base=DMA_BASE, max_bytes=1 << IPA_BITS)
+        self.memory.add_window(self.dma.window)
+        self.clock: RealClock | VirtualClock = (
+            VirtualClock(self._blocks) if virtual_clock else RealClock()
+        )
+        self._last_blocks = 0
+        self._engine: CpuEngine | None = None
+        self._engine = make_engine(
+            self.memory,
+            cpu_model=cpu_model,
+            count_blocks=virtual_clock,
+            counter=self._counter if virtual_clock else None,
+        )
+        self.host_bus.on_write = self._engine.invalidate_code
+        self.dma_bus.on_write = self._engine.invalidate_code
+
+    @property
+    def engine(self) -> CpuEngine:
+        """The physical CPU below EL2. Raises RuntimeError after `close`."""
+        if self._engine is None:
+            raise RuntimeError("the machine is closed")
+        return self._engine
+
+    def close(self) -> None:
+        """Free the CPU engine. RAM goes when nobody refers to it. Idempotent."""
+        if self._engine is None:
+            return
+        self.host_bus.on_write = None
+        self.dma_bus.on_write = None
+        self._last_blocks = self._engine.blocks
+        self._engine.close()
+        self._engine = None
+
+    def _blocks(self) -> int:
+        """Blocks executed: none while the engine is still being made (its start-up check may read
+        the counter, which comes here), and no more once it is gone."""
+        return self._last_blocks if self._engine is None else self._engine.blocks
+
+    def _counter(self) -> int:
+        return counter_ticks(self.clock.now_ns())
+
+
+def _unicorn() -> EngineFactory:
+    from pkvm.machine.cpu.unicorn_engine import UnicornEngine  # costs an import of Unicorn
+
+    return UnicornEngine
