@@ -144,24 +144,46 @@ def clear(stage2: Stage2, found: Leaves) -> None:
         write_pages(stage2, found.frames[is_page], np.uint64(0))
 
 
-def cuts(stage2: Stage2, frame: int, nr: int) -> list[int]:
-    """IPAs to be split, in order, one table page each, so that no block of the tree straddles an
-    end of the `nr` frames from `frame`."""
+def splits(stage2: Stage2, wanted: list[tuple[int, int]]) -> list[int]:
+    """IPAs to be split, in order, one table page each, so that no block maps any IPA of `wanted`,
+    (ipa, level) each, at a level above the one that goes with it."""
     found: list[int] = []
     seen = set()
-    for edge in (frame, frame + nr):
-        ipa = edge << PAGE_SHIFT
-        if ipa >> stage2.ipa_bits:
-            continue
+    for ipa, target in wanted:
         _, entry, level = stage2.find(ipa)
         if not entry & VALID:
             continue
-        while level < LAST_LEVEL and ipa % level_size(level):
-            if (level, ipa >> level_shift(level)) not in seen:
-                seen.add((level, ipa >> level_shift(level)))
+        for at in range(level, target):
+            if (at, ipa >> level_shift(at)) not in seen:
+                seen.add((at, ipa >> level_shift(at)))
                 found.append(ipa)
-            level += 1
     return found
+
+
+def splits_at_ends(stage2: Stage2, frame: int, nr: int) -> list[int]:
+    """What `splits` says so that no block straddles an end of the `nr` frames from `frame`."""
+    wanted = []
+    for edge in (frame, frame + nr):
+        ipa = edge << PAGE_SHIFT
+        if ipa >> stage2.ipa_bits == 0:
+            level = stage2.start_level
+            while ipa % level_size(level):
+                level += 1
+            wanted.append((ipa, level))
+    return splits(stage2, wanted)
+
+
+def splits_to_pages(stage2: Stage2, frame: int, nr: int) -> list[int]:
+    """What `splits` says so that all `nr` frames from `frame` are mapped by pages."""
+    regions = range(frame >> _REGION_SHIFT, (frame + nr - 1 >> _REGION_SHIFT) + 1)
+    return splits(stage2, [(region << level_shift(2), LAST_LEVEL) for region in regions])
+
+
+def runs_of(frames: Frames) -> list[tuple[int, int, int]]:
+    """(offset, first frame, number) of each maximal run of consecutive numbers in the array."""
+    starts = np.concatenate(([0], np.flatnonzero(frames[1:] != frames[:-1] + 1) + 1))
+    npages = np.diff(np.append(starts, frames.size))
+    return list(zip(starts.tolist(), frames[starts].tolist(), npages.tolist(), strict=True))
 
 
 def page_entries(found: Leaves) -> tuple[Frames, Frames]:
@@ -171,4 +193,3 @@ def page_entries(found: Leaves) -> tuple[Frames, Frames]:
     offsets = np.arange(total) - np.repeat(np.cumsum(npages) - npages, npages)
     pfns = ((found.entries & np.uint64(ADDRESS_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     return np.repeat(found.frames, npages) + offsets, np.repeat(pfns, npages) + offsets
-

@@ -45,7 +45,10 @@ class HostHyp(Ownership):
             self._record(Transition("host_unshare_hyp", pfn << PAGE_SHIFT, 1))
 
     def host_donate_hyp(self, pfn: int, nr: int) -> None:
-        """The host gives `nr` pages to EL2; their content stays until EL2 changes it."""
+        """The host gives `nr` pages to EL2; their content stays until EL2 changes it.
+
+        EL2 writes its pages without telling the CPU, so code translated from them goes now.
+        """
         with self.lock:
             page = self._ram_pages(pfn, nr)
             self._check_states(page, nr, HOST_OWNED)
@@ -56,6 +59,7 @@ class HostHyp(Ownership):
             else:
                 self.host.take_pages(self._pfns(pfn, nr), HYP_MARK)
                 self.vmemmap.states[page : page + nr] = HYP_OWNED
+            self._invalidate_code(pa, nr << PAGE_SHIFT)
             self._record(Transition("host_donate_hyp", pa, nr))
 
     def hyp_donate_host(self, pfn: int, nr: int) -> None:

@@ -149,6 +149,10 @@ class HostMemory:
         self.stage2, self.dma = roots
         self._most_tables = 2 * (LAST_LEVEL - self.stage2.start_level)
 
+    def withhold(self, pfns: Frames, annotation: np.uint64) -> None:
+        """Annotate pages that neither the host nor a device has reached before."""
+        write_pages(self.stage2, pfns, annotation)
+
     def map_for_dma(self, pa: int, end: int) -> None:
         """Map RAM [pa, end), page-aligned, for the DMA masters, in blocks where it goes: for
         memory that they have not reached before."""
@@ -243,9 +247,7 @@ class HostMemory:
         mapped, why = self._resolve(ipa, fsc)
         self._record(HostAbort(ipa, access.value, mapped))
         if not mapped:
-            self._record(
-                Refusal("host_access", "host_stage2", Errno.EFAULT, why, pa=ipa, ipa=ipa)
-            )
+            self._record(Refusal("host_access", "host_stage2", Errno.EFAULT, why, pa=ipa, ipa=ipa))
         return mapped
 
     def _resolve(self, ipa: int, fsc: int) -> tuple[bool, str]:

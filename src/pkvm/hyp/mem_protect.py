@@ -1,129 +1,189 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who owns which page: EL2's memory side, all transitions behind one lock (facts §3)."""
+"""EL2's memory side as one object: who owns which page, and every way that may change (facts §3).
+
+`MemProtect` ties the pairs of those who trust each other not: host and EL2
+(`host_hyp`), host and guests (`host_guest`), guest and host (`guest_host`), and
+the end of a VM (`reclaim`). Every transition checks everything, then changes
+everything; a refused one raises `Refused` and has changed nothing.
+
+EL2's memory is the carve-out, given at boot: the ownership records, then the
+pool of table pages for the host's and the DMA masters' stage-2. Guests' tables
+are paid by the host (`memcache`). The guest firmware's region is EL2's too.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from pkvm.events import Recorder
+from pkvm.arm64.stage2 import BLOCK_2M, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Geometry
+from pkvm.events import Recorder, Tlbi
+from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.guest_host import GuestHost
+from pkvm.hyp.host_guest import HostGuest
+from pkvm.hyp.host_hyp import HYP_MARK, HostHyp
+from pkvm.hyp.host_memory import BusMaster, HostMemory, pool_pages
 from pkvm.hyp.memcache import Memcache
+from pkvm.hyp.ownership import GuestMemory
 from pkvm.hyp.pgtable import Stage2
+from pkvm.hyp.pool import PagePool
+from pkvm.hyp.reclaim import Reclaim
+from pkvm.hyp.vmemmap import HYP_OWNED, Vmemmap, vmemmap_bytes
 from pkvm.machine.memory import PhysicalMemory
+from pkvm.machine.stage2 import Access
+
+__all__ = ["GuestMemory", "MemProtect", "carveout_bytes"]
+
+Range = tuple[int, int]
+"""PA of the first byte, number of bytes; both page-aligned."""
 
 
-class GuestMemory(Protocol):
-    """What a VM must have for its memory to change hands."""
-
-    @property
-    def handle(self) -> int: ...
-    @property
-    def stage2(self) -> Stage2: ...
-    @property
-    def memcache(self) -> Memcache: ...
+def carveout_bytes(ram_bytes: int, ipa_bits: int = 40) -> int:
+    """Bytes that EL2 needs of a machine with `ram_bytes` of RAM, in whole 2 MiB."""
+    pages = pool_pages(ram_bytes, Geometry(ipa_bits))
+    records = -(-vmemmap_bytes(ram_bytes) // PAGE_SIZE) * PAGE_SIZE
+    return -(-(records + pages * PAGE_SIZE) // BLOCK_2M) * BLOCK_2M
 
 
-def carveout_bytes(ram_bytes: int) -> int:
-    """Bytes that EL2 needs of a machine with `ram_bytes` of RAM; a multiple of 2 MiB."""
-    raise NotImplementedError
+class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
+    """EL2's ownership of memory.
 
+    `host_bus` and `dma_bus` are the host CPU's and the devices' way to memory. `guest_tlbi` is
+    TLBI and DSB for everything below EL2 on the CPU, `invalidate_code(pa, nbytes)` what the engine
+    needs after EL2 wrote where guest code may have been. With `protected` False the buses stay in
+    bypass and the host keeps its reach; states are kept all the same, since VMs need them.
 
-class MemProtect:
-    """EL2's ownership of memory. Every transition raises `Refused` and then has changed nothing."""
-
-    lock: threading.RLock  # type: ignore[valid-type]
-    vtcr: int
+    The constructor writes nothing but the records; then `initialise`, then `finalise`. Raises
+    ValueError if the carve-out or the firmware region is not page-aligned RAM, or too small.
+    """
 
     def __init__(
         self,
         memory: PhysicalMemory,
         *,
-        host_bus: Any,
-        dma_bus: Any,
+        host_bus: BusMaster,
+        dma_bus: BusMaster,
         guest_tlbi: Callable[[], None],
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
-        carveout: tuple[int, int],
-        firmware: tuple[int, int] | None = None,
+        carveout: Range,
+        firmware: Range | None = None,
         protected: bool = True,
         ipa_bits: int = 40,
         parange: int = 2,
-    ) -> None: ...
+    ) -> None:
+        for name, (base, nbytes) in (("carve-out", carveout), ("firmware", firmware or carveout)):
+            if (base | nbytes) & PAGE_MASK or not nbytes or not memory.is_ram(base, nbytes):
+                raise ValueError(f"the {name} at {base:#x} (+{nbytes:#x}) is not pages of RAM")
+        records = -(-vmemmap_bytes(memory.ram_bytes) // PAGE_SIZE) * PAGE_SIZE
+        least = records + pool_pages(memory.ram_bytes, Geometry(ipa_bits)) * PAGE_SIZE
+        if carveout[1] < least:
+            raise ValueError(f"EL2 needs {least:#x} bytes of carve-out, not {carveout[1]:#x}")
+        memory.zero(*carveout)
+        self.carveout = carveout
+        self.firmware = firmware
+        self.protected = protected
+        self.geometry = Geometry(ipa_bits)
+        self.vtcr = self.geometry.vtcr(parange)
+        """VTCR_EL2 of the host's stage-2 and of every guest's."""
+        vmemmap = Vmemmap(memory, carveout[0])
+        self.pool = PagePool(memory, vmemmap, carveout[0] + records, carveout[1] - records)
+        host = HostMemory(
+            memory,
+            vmemmap,
+            self.pool,
+            vtcr=self.vtcr,
+            host_bus=host_bus,
+            dma_bus=dma_bus,
+            recorder=recorder,
+            enforced=protected,
+        )
+        super().__init__(
+            memory,
+            vmemmap,
+            host,
+            ipa_bits=ipa_bits,
+            invalidate_code=invalidate_code,
+            recorder=recorder,
+        )
+        self._records_bytes = records
+        self._guest_tlbi = guest_tlbi
 
     def initialise(self) -> None:
-        """Build the ownership records, the host's and the DMA masters' stage-2."""
+        """Take the carve-out and the firmware region from the host, map the rest for DMA."""
+        with self.lock:
+            memory = self.memory
+            regions = sorted(region for region in (self.carveout, self.firmware) if region)
+            mapped = memory.ram_base
+            for base, nbytes in regions:
+                self._take_for_hyp(base, nbytes)
+                if self.protected:
+                    self.host.map_for_dma(mapped, base)
+                mapped = base + nbytes
+            if self.protected:
+                self.host.map_for_dma(mapped, memory.ram_end)
+            page = (self.carveout[0] - memory.ram_base) >> PAGE_SHIFT
+            in_use = self._records_bytes >> PAGE_SHIFT
+            self.vmemmap.refcounts[page : page + in_use] = 1
+            if self.firmware is not None:
+                page = (self.firmware[0] - memory.ram_base) >> PAGE_SHIFT
+                self.vmemmap.refcounts[page : page + (self.firmware[1] >> PAGE_SHIFT)] = 1
 
     def finalise(self) -> None:
-        """Attach the buses to their stage-2: from here on the host is de-privileged."""
+        """De-privilege the host: from here on its bus and the devices' go through stage-2."""
+        self.host.attach(self.host_abort)
 
-    # For D: making and ending a VM's memory
+    def host_abort(self, ipa: int, access: Access, fsc: int) -> bool:
+        """The host CPU's fault at `ipa`; True if it may try again. The host bus calls this."""
+        with self.lock:
+            return self.host.abort(ipa, access, fsc)
 
     @property
     def pgd_bytes(self) -> int:
-        """Bytes of a guest's stage-2 root, which is also its alignment (PGD_INFO)."""
-        raise NotImplementedError
+        """Bytes of a guest's stage-2 root, which is also its alignment."""
+        return self.geometry.root_bytes
 
     def new_memcache(self) -> Memcache:
-        """An empty memcache for a new VM."""
-        raise NotImplementedError
+        """An empty memcache, for a new VM."""
+        return Memcache(self.memory, self.vmemmap, self)
 
     def new_guest_stage2(self, root_pa: int, vmid: int, memcache: Memcache) -> Stage2:
-        """An empty stage-2 tree on the `pgd_bytes` at `root_pa`, which EL2 already owns (donated
-        by host_donate_hyp); zeroes them. Raises Refused EINVAL if unaligned, EPERM if not owned by
-        EL2, EBUSY if in use. `stage2.destroy()` then `memcache.drain()` give all back."""
-        raise NotImplementedError
+        """An empty stage-2 for a guest, on `pgd_bytes` at `root_pa` that EL2 already owns.
 
-    def zero(self, pa: int, nbytes: int) -> None:
-        """Zero RAM that EL2 owns and forget code translated from it."""
+        Zeroes them. `Stage2.destroy` puts them into the memcache with the other tables, and
+        `Memcache.drain` gives all to the host. Raises Refused: EINVAL if not aligned to their
+        size, EPERM if a page is not EL2's, EBUSY if one is in use.
+        """
+        npages = self.geometry.root_tables
+        if root_pa % self.pgd_bytes:
+            why = f"the root is not aligned to its {self.pgd_bytes} bytes"
+            raise Refused(Errno.EINVAL, "alignment", why, pa=root_pa)
+        with self.lock:
+            page = self._ram_pages(root_pa >> PAGE_SHIFT, npages)
+            self._check_states(page, npages, HYP_OWNED)
+            if self.vmemmap.refcounts[page : page + npages].any():
+                raise Refused(Errno.EBUSY, "refcount", "EL2 uses the page", pa=root_pa)
+            self.memory.zero(root_pa, self.pgd_bytes)
+            self.vmemmap.refcounts[page : page + npages] = 1
+        tlbi, record = self._guest_tlbi, self._record
 
-    # Host and EL2
+        def invalidate(ipa: int) -> None:
+            tlbi()
+            record(Tlbi(vmid, ipa))
 
-    def host_share_hyp(self, pfn: int) -> None: ...
-    def host_unshare_hyp(self, pfn: int) -> None: ...
-    def host_donate_hyp(self, pfn: int, nr: int) -> None: ...
-    def hyp_donate_host(self, pfn: int, nr: int) -> None:
-        """The caller has zeroed the pages."""
+        return Stage2(
+            self.memory,
+            self.vmemmap,
+            memcache,
+            root=root_pa,
+            vmid=vmid,
+            vtcr=self.vtcr,
+            invalidate=invalidate,
+        )
 
-    def pin_shared(self, pa: int) -> None:
-        """Keep the shared page that holds PA from being unshared. Refused EPERM if not shared with
-        EL2 (or not RAM), EBUSY if the count is exhausted."""
-
-    def unpin_shared(self, pa: int) -> None:
-        """Undo one pin_shared."""
-
-    # Host to guest
-
-    def host_donate_guest(self, vm: GuestMemory, pfn: int, gfn: int, nr: int) -> None: ...
-    def host_donate_guest_list(self, vm: GuestMemory, entries: npt.NDArray[np.uint64]) -> None:
-        """Entries (n, 3) of pfn, gfn, nr; EL2's own copy. All or none."""
-
-    def host_share_guest(self, vm: GuestMemory, pfn: int, gfn: int, nr: int, prot: int) -> None: ...
-    def host_unshare_guest(self, vm: GuestMemory, gfn: int, nr: int) -> None: ...
-
-    # Guest to host
-
-    def guest_share_host(self, vm: GuestMemory, ipa: int, nr: int) -> int:
-        """Pages shared: min(nr, 256). Refused: EINVAL (unaligned, nr 0, wrap), ERANGE (beyond the
-        IPA space), EFAULT (page not mapped; `.ipa` is which), EPERM (other state), ENOMEM with
-        pages_needed (a block must be split). All or none of the pages it looks at."""
-        raise NotImplementedError
-
-    def guest_unshare_host(self, vm: GuestMemory, ipa: int, nr: int) -> int:
-        """Mirror of guest_share_host."""
-        raise NotImplementedError
-
-    # Teardown
-
-    def reclaim_dying_guest_range(self, vm: GuestMemory, gfn: int, nr: int) -> int:
-        """Pages reclaimed; unmapped gfns are passed over. The caller has checked that vm is dying.
-        Refused: EINVAL (range), EPERM (a borrowed page: use host_unshare_guest), ENOMEM with
-        pages_needed (the range cuts a block)."""
-        raise NotImplementedError
-
-    def host_abort(self, ipa: int, access: Any, fsc: int) -> bool:
-        """The host CPU's stage-2 fault; True: mapped, retry. Given to the host bus by finalise."""
-        raise NotImplementedError
+    def _take_for_hyp(self, base: int, nbytes: int) -> None:
+        """Make [base, base+nbytes) EL2's before anyone else runs."""
+        page = (base - self.memory.ram_base) >> PAGE_SHIFT
+        npages = nbytes >> PAGE_SHIFT
+        if self.protected:
+            self.host.withhold(self._pfns(base >> PAGE_SHIFT, npages), HYP_MARK)
+        self.vmemmap.states[page : page + npages] = HYP_OWNED

@@ -87,5 +87,3 @@ class Memcache(PageStack):
 
     def _give_back(self, pages: list[int]) -> None:
         self._donations.hyp_donate_host_list(np.array(pages, np.int64) >> PAGE_SHIFT)
-
-

@@ -158,5 +158,3 @@ class Ownership:
 
     def _pfns(self, pfn: int, nr: int) -> npt.NDArray[np.int64]:
         return np.arange(pfn, pfn + nr, dtype=np.int64)
-
-

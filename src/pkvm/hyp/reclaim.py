@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The end of a protected VM: its pages go back to the host (facts §3.3, §3.6).
+
+A private page is unmapped from the guest, the guest's TLB flushed, the page
+zeroed, and only then can the host reach it. A page that the guest shared goes
+back as it is: the host has seen it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pkvm.arm64.stage2 import (
+    ADDRESS_MASK,
+    LAST_LEVEL,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SW_STATE_MASK,
+    SW_STATE_SHIFT,
+    VALID,
+    PageState,
+)
+from pkvm.events import NO_ADDRESS, Transition
+from pkvm.hyp.bulk import Frames, Leaves, clear, leaves, page_entries, runs_of, splits_at_ends
+from pkvm.hyp.errors import Errno, HypBug, Refused
+from pkvm.hyp.ownership import GuestMemory, Ownership
+from pkvm.hyp.vmemmap import GUEST_OWNED, GUEST_SHARED_WITH_HOST, HOST_OWNED
+
+_OP = "reclaim_dying_guest_range"
+_SHARED = PageState.SHARED_OWNED << SW_STATE_SHIFT
+_LEAF_MASK = VALID | SW_STATE_MASK
+
+
+class Reclaim(Ownership):
+    """Taking a dying VM apart; that it is dying, the caller has checked."""
+
+    def reclaim_dying_guest_range(self, vm: GuestMemory, gfn: int, nr: int) -> int:
+        """Give the host every page that the protected VM has mapped in `nr` frames from `gfn`;
+        frames with nothing mapped are passed over. Returns the number of pages.
+
+        Raises Refused: EINVAL (numbers), EPERM (a borrowed page, which is no protected VM's; see
+        host_unshare_guest), ENOMEM with `pages_needed` (the range cuts a block).
+        """
+        with self.lock:
+            self._check_gfns(vm, gfn, nr)
+            stage2 = vm.stage2
+            if nr == 1:
+                ipa = gfn << PAGE_SHIFT
+                _, entry, level = stage2.find(ipa)
+                if level == LAST_LEVEL and entry & _LEAF_MASK == VALID:
+                    self._reclaim_private_page(vm, ipa, entry & ADDRESS_MASK)
+                    return 1
+            found = leaves(stage2, gfn, nr)
+            if not found.frames.size:
+                return 0
+            self._check_owned(vm, found)
+            cut = splits_at_ends(stage2, gfn, nr)
+            if cut:
+                self._check_tables(vm, len(cut))
+                for ipa in cut:
+                    stage2.split(ipa)
+                found = leaves(stage2, gfn, nr)
+            return self._reclaim(vm, found)
+
+    def _reclaim_private_page(self, vm: GuestMemory, ipa: int, pa: int) -> None:
+        page = self._page_of(pa >> PAGE_SHIFT)
+        if self._state[page] != GUEST_OWNED:
+            raise HypBug(f"VM {vm.handle:#x} maps PA {pa:#x} that it does not own")
+        vm.stage2.put(ipa, 0)
+        vm.stage2.invalidate(ipa)
+        self.zero(pa, PAGE_SIZE)
+        self.host.give_page(pa)
+        self._state[page] = HOST_OWNED
+        self._record(Transition(_OP, pa, 1, vm.handle, ipa))
+
+    def _check_owned(self, vm: GuestMemory, found: Leaves) -> None:
+        """Refuse (EPERM) a leaf that is neither OWNED nor SHARED_OWNED."""
+        states = found.entries & np.uint64(SW_STATE_MASK)
+        wrong = (states != 0) & (states != np.uint64(_SHARED))
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            ipa = int(found.frames[at]) << PAGE_SHIFT
+            state = PageState(int(states[at]) >> SW_STATE_SHIFT)
+            why = f"to the guest the page is {state.name}: not its own"
+            raise Refused(Errno.EPERM, "guest_state", why, ipa=ipa, vm=vm.handle)
+
+    def _reclaim(self, vm: GuestMemory, found: Leaves) -> int:
+        """Reclaim these leaves, all of them owned."""
+        gfns, pfns = page_entries(found)
+        is_private = np.repeat(found.entries & np.uint64(SW_STATE_MASK) == 0, found.npages)
+        pages = self._pages_of(pfns)
+        expected = np.where(is_private, GUEST_OWNED, GUEST_SHARED_WITH_HOST)
+        if (self.vmemmap.states[pages] != expected).any():
+            raise HypBug(f"VM {vm.handle:#x} maps a page that it does not own")
+        clear(vm.stage2, found)
+        vm.stage2.invalidate(NO_ADDRESS)
+        private = pfns[is_private]
+        if private.size:
+            self._zero_pages(private)
+            self.host.give_pages(private)
+        self.vmemmap.states[pages] = HOST_OWNED
+        for offset, pfn, nr in runs_of(pfns):
+            ipa = int(gfns[offset]) << PAGE_SHIFT
+            self._record(Transition(_OP, pfn << PAGE_SHIFT, nr, vm.handle, ipa))
+        return int(pfns.size)
+
+    def _zero_pages(self, pfns: Frames) -> None:
+        for _, pfn, nr in runs_of(np.sort(pfns)):
+            self.zero(pfn << PAGE_SHIFT, nr << PAGE_SHIFT)
