@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`Vmm`: a VM on a board, from images to its end, on any `Kernel`.
+
+One thread a vCPU blocks in KVM_RUN, as on a real kernel. The thread that calls
+`Vmm.run` waits for the end, for the time limit or for Ctrl-C, and then brings
+every vCPU home with a kick. The VM lives until `close`: what its end left can
+be looked at.
+
+Protected, the VM starts in the firmware that the host puts into the firmware
+slot. Unprotected, the VMM loads the firmware itself and sets the registers as
+the RFC's contract would, so that the same images run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import Enum
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from pkvm.kvm import (
+    Exit,
+    FailEntry,
+    InternalError,
+    Intr,
+    Kvm,
+    Memory,
+    Mmio,
+    SystemEvent,
+    Unknown,
+    Vcpu,
+)
+from pkvm.vmm import board
+from pkvm.vmm.board import Board
+from pkvm.vmm.devicetree import build_device_tree
+from pkvm.vmm.errors import LoadError
+from pkvm.vmm.loader import Image
+from pkvm.vmm.mailbox import EVENT_SHARED, EVENT_UNSHARED, Event, Mailbox
+from pkvm.vmm.pl011 import Pl011
+from pkvm.vmm.sharing import Sharing
+
+PAGE_SHIFT = 12
+KICK_AGAIN_S = 0.1
+"""A vCPU that has not come home after this long is kicked once more."""
+
+
+class Moment(Enum):
+    """When the VM can be looked at while it lives: no vCPU but the announcing one has an exit
+    under way."""
+
+    SHARED = "shared"
+    """The guest announced shared memory, and the VMM has not answered in it yet."""
+    UNSHARED = "unshared"
+    """The guest announced that it took shared memory back."""
+    END = "end"
+    """The run is over; every vCPU is out of the guest, and the VM is not closed yet."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    kind: str
+    """"powered-off", "reset", "crashed", "suspended", "fail-entry", "internal-error",
+    "unknown-exit", "kernel-error", "timeout", "interrupted" or "stopped"."""
+    detail: str
+    """The same in words."""
+
+
+class Device(Protocol):
+    """What answers at a page of the board. Offsets are within the page, sizes 1, 2, 4 or 8."""
+
+    def read(self, offset: int, size: int) -> int:
+        """A load of `size` bytes."""
+        ...
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A store of the low `size` bytes of `value`."""
+        ...
+
+
+_SYSTEM_EVENTS = {
+    "shutdown": Outcome("powered-off", "the guest powered off (PSCI SYSTEM_OFF)"),
+    "reset": Outcome("reset", "the guest asked for a reset (PSCI SYSTEM_RESET)"),
+    "crash": Outcome("crashed", "the guest crashed"),
+    "suspend": Outcome("suspended", "the guest suspended itself (PSCI SYSTEM_SUSPEND)"),
+}
+
+
+class Vmm:
+    """A VM with its devices.
+
+    `console` gets what the guest writes to its UART, byte by byte; `source` is asked for input.
+    `observe` is called at each `Moment`, in the thread in which it happens. `firmware` is for an
+    unprotected VM, which starts in `image` directly without it; a protected VM's firmware is the
+    host's. Raises LoadError for what does not fit, OSError for what the kernel refuses.
+    """
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        the_board: Board,
+        image: Image,
+        *,
+        protected: bool = True,
+        firmware: bytes | None = None,
+        console: Callable[[bytes], object],
+        source: Callable[[], bytes] | None = None,
+        observe: Callable[[Moment], object] | None = None,
+    ) -> None:
+        self.kvm = kvm
+        self.board = the_board
+        self.image = image
+        self.protected = protected
+        self._observe = observe
+        self._stack = ExitStack()
+        self._device_lock = threading.Lock()
+        self._end_lock = threading.Lock()
+        self._ended = threading.Event()
+        self._outcome: Outcome | None = None
+        self._failure: BaseException | None = None
+        self.stray_accesses = 0
+        """MMIO accesses to addresses without a device: they read as zero."""
+        self.mailbox = Mailbox(self._on_event)
+        self.uart = Pl011(console, source)
+        self.devices: dict[int, Device] = {
+            board.UART_BASE >> PAGE_SHIFT: self.uart,
+            board.MAILBOX_BASE >> PAGE_SHIFT: self.mailbox,
+        }
+        """The board's devices by page number of their IPA."""
+        with self._stack:
+            self._build(firmware)
+            self._stack = self._stack.pop_all()
+
+    def _build(self, firmware: bytes | None) -> None:
+        enter = self._stack.enter_context
+        self.vm = enter(self.kvm.create_vm())
+        self.ram = self._map(self.board.ram_bytes)
+        self.device_tree = build_device_tree(self.board, self.image)
+        self.ram.write(0, self.device_tree)
+        for segment in self.image.segments:
+            self.ram.write(segment.ipa - board.RAM_BASE, segment.data)
+        self.vm.set_user_memory_region(board.RAM_SLOT, board.RAM_BASE, self.ram)
+
+        self.firmware_bytes = self._firmware_bytes(firmware)
+        self.firmware_memory: Memory | None = None
+        if self.firmware_bytes:
+            self.firmware_memory = self._map(board.FIRMWARE_BYTES)
+            if firmware is not None and not self.protected:
+                self.firmware_memory.write(0, firmware)
+            self.vm.set_user_memory_region(
+                board.FIRMWARE_SLOT, board.FIRMWARE_BASE, self.firmware_memory
+            )
+        self.sharing = Sharing(self.ram, board.RAM_BASE)
+
+        if self.protected:
+            self.vm.protect(board.FIRMWARE_SLOT)
+        self.vcpus: list[Vcpu] = []
+        for index in range(self.board.cpus):
+            vcpu = enter(self.vm.create_vcpu(index))
+            vcpu.init(power_off=index > 0)
+            self.vcpus.append(vcpu)
+        self._set_entry_state(self.vcpus[0])
+
+    def _map(self, length: int) -> Memory:
+        memory = self.kvm.mmap(length)
+        self._stack.callback(memory.close)
+        return memory
+
+    def _firmware_bytes(self, firmware: bytes | None) -> int:
+        if self.protected:
+            size = self.vm.protected_vm_info().firmware_size
+            if not size:
+                raise LoadError(
+                    "this host has no guest firmware, and a protected VM starts in it: "
+                    "give one with --firmware, or run with --unprotected"
+                )
+        else:
+            size = len(firmware) if firmware is not None else 0
+        if size > board.FIRMWARE_BYTES:
+            raise LoadError(
+                f"the firmware has {size} bytes, and its slot {board.FIRMWARE_BYTES}: use a "
+                "smaller one"
+            )
+        return size
+
+    def _set_entry_state(self, vcpu: Vcpu) -> None:
+        vcpu.set_reg("x0", board.DTB_BASE)
+        if self.protected:
+            return
+        if self.firmware_bytes:
+            vcpu.set_reg("pc", board.FIRMWARE_BASE)
+            vcpu.set_reg("sp_el1", board.FIRMWARE_BASE + board.FIRMWARE_BYTES)
+        else:
+            vcpu.set_reg("pc", self.image.entry)
+
+    def run(self, timeout: float | None = None) -> Outcome:
+        """Run until the guest ends, `stop` is called, `timeout` seconds have passed or Ctrl-C is
+        pressed. Raises what a device, a sink or `observe` raised. Once only."""
+        threads = [
+            threading.Thread(target=self._run_vcpu, args=(vcpu,), name=f"vcpu{vcpu.id}")
+            for vcpu in self.vcpus
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            if not self._ended.wait(timeout):
+                self._end(Outcome("timeout", f"the guest still ran after {timeout:g} seconds"))
+        except KeyboardInterrupt:
+            self._end(Outcome("interrupted", "interrupted from the keyboard"))
+        finally:
+            self._bring_home(threads)
+        if self._failure is not None:
+            raise self._failure
+        if self._outcome is None:
+            raise RuntimeError("the run ended without saying how")
+        self._look(Moment.END)
+        return self._outcome
+
+    def stop(self) -> None:
+        """End the run from another thread: its outcome is "stopped"."""
+        self._end(Outcome("stopped", "the VMM stopped the guest"))
+
+    def close(self) -> None:
+        """Close vCPUs and VM and give the memory back. Idempotent."""
+        self._stack.close()
+
+    def __enter__(self) -> Vmm:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _end(self, outcome: Outcome) -> None:
+        with self._end_lock:
+            if self._outcome is None:
+                self._outcome = outcome
+        self._ended.set()
+
+    def _bring_home(self, threads: list[threading.Thread]) -> None:
+        self._ended.set()
+        for vcpu, thread in zip(self.vcpus, threads, strict=True):
+            if thread.ident is None:
+                continue
+            vcpu.kick()
+            thread.join(KICK_AGAIN_S)
+            while thread.is_alive():
+                vcpu.kick()
+                thread.join(KICK_AGAIN_S)
+
+    def _run_vcpu(self, vcpu: Vcpu) -> None:
+        try:
+            self._end(self._serve(vcpu))
+        except BaseException as error:
+            # The thread's boundary: `run` raises it again in its caller's thread.
+            self._failure = self._failure or error
+            self._ended.set()
+
+    def _serve(self, vcpu: Vcpu) -> Outcome:
+        run, complete, devices = vcpu.run, vcpu.complete, self.devices
+        while True:
+            try:
+                exit_ = run()
+            except OSError as error:
+                return Outcome("kernel-error", f"KVM_RUN of vCPU {vcpu.id}: {error}")
+            if type(exit_) is Mmio:
+                device = devices.get(exit_.address >> PAGE_SHIFT)
+                offset = exit_.address & (1 << PAGE_SHIFT) - 1
+                with self._device_lock:
+                    if device is None:
+                        self.stray_accesses += 1
+                        complete(exit_, 0)
+                    elif exit_.is_write:
+                        device.write(offset, exit_.size, exit_.data)
+                    else:
+                        complete(exit_, device.read(offset, exit_.size))
+                continue
+            outcome = self._outcome_of(vcpu, exit_)
+            if outcome is not None:
+                return outcome
+
+    def _outcome_of(self, vcpu: Vcpu, exit_: Exit) -> Outcome | None:
+        """How the run ends with this exit; None if the vCPU is to be run again."""
+        match exit_:
+            case Intr():
+                if self._ended.is_set():
+                    return Outcome("stopped", "the VMM stopped the guest")
+                return None
+            case SystemEvent(kind=kind):
+                return _SYSTEM_EVENTS.get(
+                    kind, Outcome("unknown-exit", f"the guest raised system event {kind}")
+                )
+            case FailEntry(reason=reason):
+                return Outcome(
+                    "fail-entry",
+                    f"vCPU {vcpu.id} cannot enter the guest (reason {reason:#x}): a protected "
+                    "guest must not use AArch32",
+                )
+            case InternalError(suberror=suberror):
+                return Outcome(
+                    "internal-error", f"the kernel cannot go on with vCPU {vcpu.id} ({suberror})"
+                )
+            case Unknown(reason=reason):
+                return Outcome(
+                    "unknown-exit", f"vCPU {vcpu.id} left the guest with exit reason {reason}"
+                )
+        return None
+
+    def _on_event(self, event: Event) -> None:
+        if event.code == EVENT_SHARED:
+            shared = self.sharing.announce(event.args)
+            if shared is not None:
+                self._look(Moment.SHARED)
+                self.sharing.reply(shared)
+        elif event.code == EVENT_UNSHARED:
+            self.sharing.withdraw(event.args)
+            self._look(Moment.UNSHARED)
+
+    def _look(self, moment: Moment) -> None:
+        if self._observe is not None:
+            self._observe(moment)
