@@ -45,11 +45,34 @@ class Leaves(NamedTuple):
         return np.left_shift(1, _REGION_SHIFT * (LAST_LEVEL - self.levels))
 
 
-def regions_of(frames: Frames) -> Frames:
-    """The regions that hold `frames`, rising, each once."""
+class Region(NamedTuple):
+    """The frames of an array that lie in one region: frames[start:end]."""
+
+    number: int
+    start: int
+    end: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are all of the region's."""
+        return self.end - self.start == REGION_FRAMES
+
+
+def regions_of(frames: Frames) -> list[Region]:
+    """The regions that hold `frames`, which rise."""
+    if not frames.size:
+        return []
     regions = frames >> _REGION_SHIFT
-    changes = np.flatnonzero(regions[1:] != regions[:-1]) + 1
-    return np.unique(regions[np.concatenate(([0], changes))])
+    starts = np.concatenate(([0], np.flatnonzero(regions[1:] != regions[:-1]) + 1))
+    numbers = regions[starts].tolist()
+    bounds = [*starts.tolist(), frames.size]
+    return [Region(*each) for each in zip(numbers, bounds[:-1], bounds[1:], strict=True)]
+
+
+def index_of(frames: Frames) -> slice | Frames:
+    """What numpy indexes by `frames`, which rise: a slice if they are consecutive."""
+    first, last = int(frames[0]), int(frames[-1])
+    return slice(first, last + 1) if last - first + 1 == frames.size else frames
 
 
 def leaves(stage2: Stage2, frame: int, nr: int) -> Leaves:
@@ -85,54 +108,43 @@ def _leaves_below(
             yield np.array([at]), np.array([entry], np.uint64), np.array([level])
 
 
-def has_table(stage2: Stage2, region: int) -> bool:
-    """Whether `region` has a last-level table."""
-    return stage2.find(region << level_shift(2))[2] == LAST_LEVEL
-
-
-def missing_tables(stage2: Stage2, regions: Frames, blocks: list[tuple[int, int]]) -> int:
-    """Table pages to be made before pages can be mapped in `regions` (each once), and `blocks`,
-    (frame, level) of each; where those go, nothing is mapped yet."""
+def missing_tables(stage2: Stage2, regions: list[int], blocks: list[tuple[int, int]]) -> int:
+    """Table pages to be made before pages can be mapped in `regions`, and `blocks`, (frame, level)
+    of each; where those go, nothing is mapped yet."""
     missing = 0
-    wanted = np.unique(regions)
+    wanted = set(regions)
     for level in range(LAST_LEVEL, stage2.start_level, -1):
         covers = level_shift(level - 1)
-        inside = [frame >> covers - PAGE_SHIFT for frame, at in blocks if at == level]
-        if inside:
-            wanted = np.unique(np.concatenate((wanted, np.array(inside, np.int64))))
-        for prefix in wanted.tolist():
-            if stage2.find(prefix << covers)[2] < level:
-                missing += 1
-        wanted = np.unique(wanted >> _REGION_SHIFT)
+        wanted.update(frame >> covers - PAGE_SHIFT for frame, at in blocks if at == level)
+        missing += sum(stage2.find(prefix << covers)[2] < level for prefix in wanted)
+        wanted = {prefix >> _REGION_SHIFT for prefix in wanted}
     return missing
 
 
-def write_pages(stage2: Stage2, frames: Frames, entries: Entries | np.uint64) -> bool:
-    """Write the last-level entry of every frame (each once): all zero, or none of them.
+def write_pages(stage2: Stage2, frames: Frames, entries: Entries | None) -> bool:
+    """Write the last-level entry of every frame, which rise; none of `entries` is 0. None: clear.
 
     Tables are made where missing and freed when their last entry goes; no block may cover a
     frame. Returns whether a valid entry was overwritten: then a TLBI is due.
     """
-    regions = regions_of(frames)
-    first = int(regions[0])
-    tables = np.zeros(int(regions[-1]) - first + 1, np.int64)
-    tables[regions - first] = [stage2.l3_index(region) for region in regions.tolist()]
-    rows = (frames >> _REGION_SHIFT) - first
-    index = tables[rows] + (frames & TABLE_ENTRIES - 1)
     words = stage2.memory.u64
-    old = words[index]
-    words[index] = entries
-    was_used = old != 0
-    now_used = bool(np.all(entries))
-    changed = rows[~was_used] if now_used else rows[was_used]
-    counts = np.bincount(changed, minlength=tables.size)
-    for region in regions[counts[regions - first] != 0].tolist():
-        page = int(tables[region - first]) >> _REGION_SHIFT
-        count = int(counts[region - first])
-        stage2.refcount[page] += count if now_used else -count
-        if stage2.refcount[page] == 1:
-            stage2.prune(region << level_shift(2))
-    return bool(np.any(old & np.uint64(VALID)))
+    was_valid = False
+    for region, start, end in regions_of(frames):
+        table = stage2.l3_index(region)
+        inside = index_of(table + (frames[start:end] & TABLE_ENTRIES - 1))
+        old = words[inside]
+        used = int(np.count_nonzero(old))
+        was_valid = was_valid or bool(np.bitwise_or.reduce(old) & VALID)
+        page = table >> _REGION_SHIFT
+        if entries is None:
+            words[inside] = 0
+            stage2.refcount[page] -= used
+            if stage2.refcount[page] == 1:
+                stage2.prune(region << level_shift(2))
+        else:
+            words[inside] = entries[start:end]
+            stage2.refcount[page] += end - start - used
+    return was_valid
 
 
 def clear(stage2: Stage2, found: Leaves) -> None:
@@ -141,7 +153,7 @@ def clear(stage2: Stage2, found: Leaves) -> None:
     for at in np.flatnonzero(~is_page).tolist():
         stage2.put(int(found.frames[at]) << PAGE_SHIFT, 0, int(found.levels[at]))
     if is_page.any():
-        write_pages(stage2, found.frames[is_page], np.uint64(0))
+        write_pages(stage2, found.frames[is_page], None)
 
 
 def splits(stage2: Stage2, wanted: list[tuple[int, int]]) -> list[int]:

@@ -61,7 +61,7 @@ class GuestHost(Ownership):
                     return 1
             gfn, nr = self._guest_range(vm, ipa, nr)
             pfns = self._guest_pages(vm, gfn, nr, PageState.OWNED, GUEST_OWNED)
-            self.host.give_pages(pfns)
+            self.host.give_pages(np.sort(pfns))
             self.vmemmap.states[pfns - self._first_pfn] = GUEST_SHARED_WITH_HOST
             self._set_states("guest_share_host", vm, gfn, pfns, _SHARED)
             return nr
@@ -85,7 +85,8 @@ class GuestHost(Ownership):
             pfns = self._guest_pages(vm, gfn, nr, PageState.SHARED_OWNED, GUEST_SHARED_WITH_HOST)
             first = np.uint64(guest_annotation(vm.handle, gfn))
             steps = np.arange(nr, dtype=np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
-            self.host.take_pages(pfns, first + steps)
+            order = np.argsort(pfns)
+            self.host.take_pages(pfns[order], (first + steps)[order])
             self.vmemmap.states[pfns - self._first_pfn] = GUEST_OWNED
             self._set_states("guest_unshare_host", vm, gfn, pfns, 0)
             return nr

@@ -32,7 +32,7 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.events import Transition
 from pkvm.hyp.abi import PROT_R, PROT_RWX, PROT_W, PROT_X
-from pkvm.hyp.bulk import Frames, leaves, missing_tables, regions_of, write_pages
+from pkvm.hyp.bulk import Frames, index_of, leaves, missing_tables, regions_of, write_pages
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.ownership import GuestMemory, Ownership
 from pkvm.hyp.vmemmap import (
@@ -54,14 +54,6 @@ class _Runs(NamedTuple):
     pfns: Frames
     gfns: Frames
     npages: Frames
-
-
-class _Plan(NamedTuple):
-    """How runs are mapped in the guest: blocks (gfn, pfn, level), and single pages."""
-
-    blocks: list[tuple[int, int, int]]
-    gfns: Frames
-    pfns: Frames
 
 
 class HostGuest(Ownership):
@@ -188,28 +180,26 @@ class HostGuest(Ownership):
         """Donate runs whose numbers are good: check the states and the tables, then do it."""
         self._check_apart(vm, runs)
         pfns, gfns = _single_pages(runs)
-        pages = pfns - self._first_pfn
+        order = slice(None) if len(runs.pfns) == 1 else np.argsort(pfns)
+        rising = pfns[order]
+        pages = index_of(rising - self._first_pfn)
         wrong = self.vmemmap.states[pages] != HOST_OWNED
         if wrong.any():
-            raise self._wrong_state(int(pages[np.argmax(wrong)]), HOST_OWNED)
-        stage2 = vm.stage2
-        for gfn, nr in zip(runs.gfns.tolist(), runs.npages.tolist(), strict=True):
-            found = leaves(stage2, gfn, nr)
-            if found.frames.size:
-                raise self._gfn_taken(vm, max(gfn, int(found.frames[0])))
-        plan = _plan(runs, pfns, gfns)
-        regions = regions_of(plan.gfns) if plan.gfns.size else plan.gfns
-        blocks = [(gfn, level) for gfn, _, level in plan.blocks]
-        self._check_tables(vm, missing_tables(stage2, regions, blocks))
+            raise self._wrong_state(int(rising[np.argmax(wrong)]) - self._first_pfn, HOST_OWNED)
+        self._check_unmapped(vm, runs)
+        blocks, single = _plan(runs)
+        regions = [region.number for region in regions_of(gfns[single])]
+        at_levels = [(gfn, level) for gfn, _, level in blocks]
+        self._check_tables(vm, missing_tables(vm.stage2, regions, at_levels))
 
         first = np.uint64(guest_annotation(vm.handle, 0))
-        self.host.take_pages(pfns, first + (gfns.astype(np.uint64) << _GFN_SHIFT))
+        annotations = first + (gfns.astype(np.uint64) << _GFN_SHIFT)
+        self.host.take_pages(rising, annotations[order])
         self.vmemmap.states[pages] = GUEST_OWNED
-        for gfn, pfn, level in plan.blocks:
-            stage2.put(gfn << PAGE_SHIFT, pfn << PAGE_SHIFT | ATTR_NORMAL_RWX, level)
-        if plan.gfns.size:
-            addresses = plan.pfns.astype(np.uint64) << np.uint64(PAGE_SHIFT)
-            write_pages(stage2, plan.gfns, addresses | np.uint64(GUEST_PAGE))
+        for gfn, pfn, level in blocks:
+            vm.stage2.put(gfn << PAGE_SHIFT, pfn << PAGE_SHIFT | ATTR_NORMAL_RWX, level)
+        addresses = pfns[single].astype(np.uint64) << np.uint64(PAGE_SHIFT)
+        write_pages(vm.stage2, gfns[single], addresses | np.uint64(GUEST_PAGE))
         for pfn, gfn, nr in zip(*(column.tolist() for column in runs), strict=True):
             self._record(Transition(op, pfn << PAGE_SHIFT, nr, vm.handle, gfn << PAGE_SHIFT))
 
@@ -223,6 +213,17 @@ class HostGuest(Ownership):
                 frame = int(starts[order][1:][np.argmax(meets)])
                 why = f"frame {frame:#x} is in the list twice"
                 raise Refused(Errno.EPERM, check, why, vm=vm.handle)
+
+    def _check_unmapped(self, vm: GuestMemory, runs: _Runs) -> None:
+        """Refuse (EPERM) runs, which are apart, if the guest has anything mapped in them."""
+        ends = runs.gfns + runs.npages
+        first = int(runs.gfns[0])
+        found = leaves(vm.stage2, first, int(ends[-1]) - first)
+        nearest = np.searchsorted(runs.gfns, found.frames + found.npages) - 1
+        taken = (nearest >= 0) & (ends[nearest] > found.frames)
+        if taken.any():
+            at = int(np.argmax(taken))
+            raise self._gfn_taken(vm, max(int(found.frames[at]), int(runs.gfns[nearest[at]])))
 
     def _gfn_taken(self, vm: GuestMemory, gfn: int) -> Refused:
         why = "something is mapped there already"
@@ -269,15 +270,19 @@ def _merge(entries: Frames) -> _Runs:
 def _single_pages(runs: _Runs) -> tuple[Frames, Frames]:
     """PFN and gfn of every page of the runs."""
     pfns, gfns, npages = runs
+    if len(npages) == 1:
+        steps = np.arange(int(npages[0]))
+        return steps + pfns[0], steps + gfns[0]
     ends = np.cumsum(npages)
     offsets = np.arange(ends[-1])
     starts = ends - npages
     return offsets + np.repeat(pfns - starts, npages), offsets + np.repeat(gfns - starts, npages)
 
 
-def _plan(runs: _Runs, pfns: Frames, gfns: Frames) -> _Plan:
-    """Blocks where a run covers one with PFN and gfn aligned alike, single pages elsewhere."""
-    single = np.ones(gfns.size, np.bool_)
+def _plan(runs: _Runs) -> tuple[list[tuple[int, int, int]], npt.NDArray[np.bool_]]:
+    """How runs are mapped in the guest: (gfn, pfn, level) of each block, where a run covers one
+    with both numbers aligned alike; and which pages of all the runs remain single."""
+    single = np.ones(int(runs.npages.sum()), np.bool_)
     blocks = []
     starts = np.cumsum(runs.npages) - runs.npages
     aligned = (runs.npages >= TABLE_ENTRIES) & ((runs.pfns - runs.gfns) % TABLE_ENTRIES == 0)
@@ -293,4 +298,4 @@ def _plan(runs: _Runs, pfns: Frames, gfns: Frames) -> _Plan:
             offset = int(starts[at]) + done
             single[offset : offset + size] = False
             done += size
-    return _Plan(blocks, gfns[single], pfns[single])
+    return blocks, single

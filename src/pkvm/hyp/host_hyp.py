@@ -16,7 +16,10 @@ from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.ownership import Ownership
 from pkvm.hyp.vmemmap import HOST_OWNED, HOST_SHARED_WITH_HYP, HYP_OWNED, MAX_REFCOUNT
 
-HYP_MARK = np.uint64(ANNOTATION_HYP)
+
+def hyp_annotations(npages: int) -> npt.NDArray[np.uint64]:
+    """The host's entries for pages that EL2 owns."""
+    return np.full(npages, ANNOTATION_HYP, np.uint64)
 
 
 class HostHyp(Ownership):
@@ -57,7 +60,7 @@ class HostHyp(Ownership):
                 self.host.take_page(pa, ANNOTATION_HYP)
                 self._state[page] = HYP_OWNED
             else:
-                self.host.take_pages(self._pfns(pfn, nr), HYP_MARK)
+                self.host.take_pages(self._pfns(pfn, nr), hyp_annotations(nr))
                 self.vmemmap.states[page : page + nr] = HYP_OWNED
             self._invalidate_code(pa, nr << PAGE_SHIFT)
             self._record(Transition("host_donate_hyp", pa, nr))
@@ -82,7 +85,7 @@ class HostHyp(Ownership):
             self._record(Transition("hyp_donate_host", pa, nr))
 
     def hyp_donate_host_list(self, pfns: npt.NDArray[np.int64]) -> None:
-        """As `hyp_donate_host`, for pages that lie anywhere, each once; EL2's own numbers.
+        """As `hyp_donate_host`, for pages that lie anywhere; EL2's own numbers, rising.
 
         Raises HypBug for a page that is not EL2's to give.
         """

@@ -43,9 +43,9 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.events import NO_ADDRESS, HostAbort, Recorder, Refusal, Tlbi
 from pkvm.hyp.bulk import (
-    REGION_FRAMES,
     Entries,
     Frames,
+    Region,
     clear,
     leaves,
     regions_of,
@@ -62,6 +62,7 @@ HOST_VMID = 0
 HOST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
 ATTR_DMA = ATTR_NORMAL_RWX | XN_NONE
 DMA_PAGE = ATTR_DMA | TABLE_OR_PAGE
+_DMA_PAGE = np.uint64(DMA_PAGE)
 _SPARE_PAGES = 16
 _MMIO_BYTES = BLOCK_1G
 
@@ -149,9 +150,9 @@ class HostMemory:
         self.stage2, self.dma = roots
         self._most_tables = 2 * (LAST_LEVEL - self.stage2.start_level)
 
-    def withhold(self, pfns: Frames, annotation: np.uint64) -> None:
-        """Annotate pages that neither the host nor a device has reached before."""
-        write_pages(self.stage2, pfns, annotation)
+    def withhold(self, pfns: Frames, annotations: Entries) -> None:
+        """Annotate pages, which rise, that neither the host nor a device has reached before."""
+        write_pages(self.stage2, pfns, annotations)
 
     def map_for_dma(self, pa: int, end: int) -> None:
         """Map RAM [pa, end), page-aligned, for the DMA masters, in blocks where it goes: for
@@ -203,43 +204,44 @@ class HostMemory:
         self.stage2.put(pa, pa | HOST_PAGE)
         self.dma.put(pa, pa | DMA_PAGE)
 
-    def take_pages(self, pfns: Frames, annotations: Entries | np.uint64) -> None:
-        """The host loses these pages (each once), to the owners that the annotations name."""
+    def take_pages(self, pfns: Frames, annotations: Entries) -> None:
+        """The host loses these pages, which rise, to the owners that the annotations name."""
         if not self.enforced:
             return
         regions = regions_of(pfns)
         self._reserve_regions(regions)
         stage2 = self.stage2
         broken = False
-        for region in regions.tolist():
-            _, entry, level = stage2.find(region * BLOCK_2M)
+        for region in regions:
+            ipa = region.number * BLOCK_2M
+            _, entry, level = stage2.find(ipa)
             if level < LAST_LEVEL and entry & VALID:
-                stage2.put(region * BLOCK_2M, 0, level)
+                stage2.put(ipa, 0, level)
                 broken = True
         if broken:
             self._invalidate_host(NO_ADDRESS)
         if write_pages(stage2, pfns, annotations):
             self._invalidate_host(NO_ADDRESS)
-        single = self._whole_regions_from_dma(pfns, regions)
-        if single.size:
-            write_pages(self.dma, single, np.uint64(0))
+        self._unmap_from_dma(pfns, regions)
         self._invalidate_dma(NO_ADDRESS)
 
     def give_pages(self, pfns: Frames) -> None:
-        """The host may use these pages (each once) again. It maps them lazily, in blocks where
+        """The host may use these pages, which rise, again. It maps them lazily, in blocks where
         nothing else of the region is lost."""
         if not self.enforced:
             return
         regions = regions_of(pfns)
         self._reserve_regions(regions)
-        write_pages(self.stage2, pfns, np.uint64(0))
+        write_pages(self.stage2, pfns, None)
         self._invalidate_host(NO_ADDRESS)
-        whole, single = _whole_and_single(pfns, regions)
-        for region in whole.tolist():
-            self.dma.put(region * BLOCK_2M, region * BLOCK_2M | ATTR_DMA, BLOCK_LEVELS[-1])
-        if single.size:
-            addresses = (single << PAGE_SHIFT).astype(np.uint64)
-            write_pages(self.dma, single, addresses | np.uint64(DMA_PAGE))
+        single = np.ones(pfns.size, np.bool_)
+        for region in regions:
+            if region.is_whole:
+                ipa = region.number * BLOCK_2M
+                self.dma.put(ipa, ipa | ATTR_DMA, BLOCK_LEVELS[-1])
+                single[region.start : region.end] = False
+        pages = pfns[single]
+        write_pages(self.dma, pages, (pages << PAGE_SHIFT).astype(np.uint64) | _DMA_PAGE)
 
     def abort(self, ipa: int, access: Access, fsc: int) -> bool:
         """The host CPU faulted at `ipa`. Maps what it may have (True: retry the access), or says
@@ -278,30 +280,26 @@ class HostMemory:
         stage2.put(page, page | attr | TABLE_OR_PAGE)
         return True, ""
 
-    def _whole_regions_from_dma(self, pfns: Frames, regions: Frames) -> Frames:
-        """Unmap whole regions from the DMA tree, split the blocks of others; returns the pages
-        that are left to unmap one by one."""
+    def _unmap_from_dma(self, pfns: Frames, regions: list[Region]) -> None:
+        """Take pages from the DMA tree: a block goes whole if all of it is to go, else it is
+        split."""
         dma = self.dma
-        whole, single = _whole_and_single(pfns, regions)
-        in_tables = []
-        for region in whole.tolist():
-            level = dma.find(region * BLOCK_2M)[2]
-            if level < LAST_LEVEL:
-                dma.put(region * BLOCK_2M, 0, level)
+        single = np.ones(pfns.size, np.bool_)
+        for region in regions:
+            ipa = region.number * BLOCK_2M
+            level = dma.find(ipa)[2]
+            if level == LAST_LEVEL:
+                continue
+            if region.is_whole:
+                dma.put(ipa, 0, level)
+                single[region.start : region.end] = False
             else:
-                in_tables.append(region)
-        if single.size:
-            for region in regions_of(single).tolist():
-                if dma.find(region * BLOCK_2M)[2] < LAST_LEVEL:
-                    dma.split(region * BLOCK_2M)
-        if in_tables:
-            inside = np.isin(pfns // REGION_FRAMES, np.array(in_tables))
-            single = np.concatenate((single, pfns[inside]))
-        return single
+                dma.split(ipa)
+        write_pages(dma, pfns[single], None)
 
-    def _reserve_regions(self, regions: Frames) -> None:
+    def _reserve_regions(self, regions: list[Region]) -> None:
         """As `_reserve`, for pages in these regions, in both trees."""
-        self._reserve(2 * int(regions.size) + self._most_tables * 2)
+        self._reserve(2 * len(regions) + self._most_tables * 2)
 
     def _reserve(self, npages: int) -> None:
         """Have `npages` in the pool before anything changes, if need be by dropping the host's
@@ -324,12 +322,3 @@ class HostMemory:
     def _invalidate_dma(self, ipa: int) -> None:
         self.dma_bus.invalidate(None if ipa == NO_ADDRESS else ipa)
         self._record(Tlbi(HOST_VMID, ipa, "smmu"))
-
-
-def _whole_and_single(pfns: Frames, regions: Frames) -> tuple[Frames, Frames]:
-    """The regions of which every page is in `pfns`, and the pages that lie in others."""
-    first = int(regions[0])
-    rows = pfns // REGION_FRAMES - first
-    counts = np.bincount(rows)
-    is_whole = counts == REGION_FRAMES
-    return np.flatnonzero(is_whole) + first, pfns[~is_whole[rows]]

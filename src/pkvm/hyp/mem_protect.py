@@ -20,7 +20,7 @@ from pkvm.events import Recorder, Tlbi
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.guest_host import GuestHost
 from pkvm.hyp.host_guest import HostGuest
-from pkvm.hyp.host_hyp import HYP_MARK, HostHyp
+from pkvm.hyp.host_hyp import HostHyp, hyp_annotations
 from pkvm.hyp.host_memory import BusMaster, HostMemory, pool_pages
 from pkvm.hyp.memcache import Memcache
 from pkvm.hyp.ownership import GuestMemory
@@ -185,5 +185,5 @@ class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
         page = (base - self.memory.ram_base) >> PAGE_SHIFT
         npages = nbytes >> PAGE_SHIFT
         if self.protected:
-            self.host.withhold(self._pfns(base >> PAGE_SHIFT, npages), HYP_MARK)
+            self.host.withhold(self._pfns(base >> PAGE_SHIFT, npages), hyp_annotations(npages))
         self.vmemmap.states[page : page + npages] = HYP_OWNED

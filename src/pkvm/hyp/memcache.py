@@ -86,4 +86,4 @@ class Memcache(PageStack):
         return head, len(pages)
 
     def _give_back(self, pages: list[int]) -> None:
-        self._donations.hyp_donate_host_list(np.array(pages, np.int64) >> PAGE_SHIFT)
+        self._donations.hyp_donate_host_list(np.sort(np.array(pages, np.int64)) >> PAGE_SHIFT)

@@ -21,7 +21,7 @@ from pkvm.arm64.stage2 import (
     PageState,
 )
 from pkvm.events import NO_ADDRESS, Transition
-from pkvm.hyp.bulk import Frames, Leaves, clear, leaves, page_entries, runs_of, splits_at_ends
+from pkvm.hyp.bulk import Leaves, clear, leaves, page_entries, runs_of, splits_at_ends
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.ownership import GuestMemory, Ownership
 from pkvm.hyp.vmemmap import GUEST_OWNED, GUEST_SHARED_WITH_HOST, HOST_OWNED
@@ -94,16 +94,13 @@ class Reclaim(Ownership):
             raise HypBug(f"VM {vm.handle:#x} maps a page that it does not own")
         clear(vm.stage2, found)
         vm.stage2.invalidate(NO_ADDRESS)
-        private = pfns[is_private]
+        private = np.sort(pfns[is_private])
         if private.size:
-            self._zero_pages(private)
+            for _, pfn, nr in runs_of(private):
+                self.zero(pfn << PAGE_SHIFT, nr << PAGE_SHIFT)
             self.host.give_pages(private)
         self.vmemmap.states[pages] = HOST_OWNED
         for offset, pfn, nr in runs_of(pfns):
             ipa = int(gfns[offset]) << PAGE_SHIFT
             self._record(Transition(_OP, pfn << PAGE_SHIFT, nr, vm.handle, ipa))
         return int(pfns.size)
-
-    def _zero_pages(self, pfns: Frames) -> None:
-        for _, pfn, nr in runs_of(np.sort(pfns)):
-            self.zero(pfn << PAGE_SHIFT, nr << PAGE_SHIFT)
