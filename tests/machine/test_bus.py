@@ -190,12 +190,14 @@ class TestTlb:
         bus.read(3 * KIB4, 1)
         tree.page(3 * KIB4, DATA + (1 << 20))
         assert bus.read(0, 8 * KIB4)[3 * KIB4 : 3 * KIB4 + 3] == b"old"
-        tree.page(3 * KIB4, DATA + 3 * KIB4)
+        bus.invalidate()
+        assert bus.read(0, 8 * KIB4)[3 * KIB4 : 3 * KIB4 + 3] == b"new"
         bus.invalidate()
         bus.read(3 * KIB4, 1)
-        tree.page(3 * KIB4, DATA + (1 << 20))
-        bus.invalidate(3 * KIB4)
+        tree.page(3 * KIB4, DATA + 3 * KIB4)  # now all eight follow each other in the tables
         assert bus.read(0, 8 * KIB4)[3 * KIB4 : 3 * KIB4 + 3] == b"new"
+        bus.invalidate(3 * KIB4)
+        assert bus.read(0, 8 * KIB4)[3 * KIB4 : 3 * KIB4 + 3] == b"old"
 
     def test_invalidating_another_page_does_not_help(self, tree: Tree, bus: Bus) -> None:
         tree.page(0, DATA)
@@ -324,8 +326,9 @@ class TestDevices:
             bus.invalidate()  # would never return if the lock were held
             log.append(("work",))
 
-        memory.add_window(DeviceWindow("device", 0x1000_0000, KIB4, read, write, work))
+        memory.add_window(DeviceWindow("device", 0x1000_0000, 2 * KIB4, read, write, work))
         tree.page(0x5000, 0x1000_0000)
+        tree.page(0x6000, 0x1000_1000)
         return log
 
     def test_registers_are_behind_the_same_translation(
@@ -353,6 +356,12 @@ class TestDevices:
             with pytest.raises(BusError):
                 access()
         assert log == []
+
+    def test_an_access_to_registers_is_split_at_a_page_too(
+        self, bus: Bus, log: list[tuple[object, ...]]
+    ) -> None:
+        assert bus.read_u64(0x5FFC) == 0x42_0000_0042
+        assert log == [("read", 0xFFC, 4), ("work",), ("read", 0x1000, 4), ("work",)]
 
     def test_a_bulk_access_that_runs_into_registers(
         self, memory: PhysicalMemory, tree: Tree, bus: Bus, log: list[tuple[object, ...]]

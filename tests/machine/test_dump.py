@@ -154,6 +154,22 @@ def test_runs_cross_tables_but_not_holes_or_levels(memory: PhysicalMemory) -> No
     ]
 
 
+def test_annotations_merge_only_with_neighbours_of_their_level(memory: PhysicalMemory) -> None:
+    tree = Tree(memory, RAM)
+    for ipa in (0, 2 * KIB4, MIB2 - KIB4):
+        tree.put(ipa, 3, 0x2000_0000_0000_0002)
+    tree.put(MIB2, 2, 0x2000_0000_0000_0002)
+    tree.put(2 * MIB2, 2, GUEST_LEAF)
+    tree.put(3 * MIB2, 2, GUEST_LEAF + (512 << 20))
+    assert [(run.ipa, run.size) for run in stage2_runs(memory, tree.context)] == [
+        (0, KIB4),
+        (2 * KIB4, KIB4),
+        (MIB2 - KIB4, KIB4),
+        (MIB2, MIB2),
+        (2 * MIB2, 2 * MIB2),
+    ]
+
+
 @given(words=st.lists(st.tuples(st.integers(0, 1023), rubbish_word), max_size=6))
 def test_any_tree_can_be_dumped_and_nothing_is_lost(words: list[tuple[int, int]]) -> None:
     memory = PhysicalMemory(RAM, 32 * KIB4)

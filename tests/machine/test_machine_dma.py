@@ -147,7 +147,9 @@ def test_registers_hold_64_bits_and_status_is_read_only(board: Board) -> None:
     assert board.get(dma.SRC) == (1 << 64) - 1
     board.set(dma.STATUS, 7)
     board.set(dma.FAULT_IPA, 7)
+    board.set(dma.LEN, 8)
     board.set(dma.CTRL, 0xFE)
+    assert board.events == []
     for register in (dma.STATUS, dma.FAULT_IPA, dma.CTRL, 0x28 + 8, 0xFF8):
         assert board.get(register) == 0
 
