@@ -94,21 +94,15 @@ class HostGuest(Ownership):
         if not len(entries):
             return
         with self.lock:
+            pfns, gfns, npages = entries.T
             limit = np.uint64(self._frame_limit)
-            pfns, gfns, npages = entries[:, 0], entries[:, 1], entries[:, 2]
-            bad = (pfns >= limit) | (gfns >= limit) | (npages == 0) | (npages > limit)
-            bad |= (npages > limit - np.minimum(pfns, limit)) | (
-                npages > limit - np.minimum(gfns, limit)
-            )
-            first = pfns - np.minimum(pfns, np.uint64(self._first_pfn))
-            bad |= (pfns < np.uint64(self._first_pfn)) | (
-                first + np.minimum(npages, limit) > np.uint64(self._npages)
-            )
-            if bad.any():
-                pfn, gfn, nr = entries[int(np.argmax(bad))].tolist()
+            room = limit - np.minimum(np.maximum(pfns, gfns), limit)
+            bad = (npages == 0) | (npages > room) | (pfns < np.uint64(self._first_pfn))
+            bad |= pfns + npages > np.uint64(self._first_pfn + self._npages)
+            for pfn, gfn, nr in entries[bad].tolist():
                 self._ram_pages(pfn, nr)
                 self._check_gfns(vm, gfn, nr)
-                raise HypBug("a list entry is bad and good")
+                raise HypBug("two checks of the same list entry disagree")
             self._donate("host_donate_guest_list", vm, _merge(entries.astype(np.int64)))
 
     def host_share_guest(self, vm: GuestMemory, pfn: int, gfn: int, nr: int, prot: int) -> None:
@@ -192,8 +186,9 @@ class HostGuest(Ownership):
         at_levels = [(gfn, level) for gfn, _, level in blocks]
         self._check_tables(vm, missing_tables(vm.stage2, regions, at_levels))
 
-        first = np.uint64(guest_annotation(vm.handle, 0))
-        annotations = first + (gfns.astype(np.uint64) << _GFN_SHIFT)
+        annotations = gfns.astype(np.uint64)
+        annotations <<= _GFN_SHIFT
+        annotations += np.uint64(guest_annotation(vm.handle, 0))
         self.host.take_pages(rising, annotations[order])
         self.vmemmap.states[pages] = GUEST_OWNED
         for gfn, pfn, level in blocks:
@@ -271,8 +266,8 @@ def _single_pages(runs: _Runs) -> tuple[Frames, Frames]:
     """PFN and gfn of every page of the runs."""
     pfns, gfns, npages = runs
     if len(npages) == 1:
-        steps = np.arange(int(npages[0]))
-        return steps + pfns[0], steps + gfns[0]
+        nr = int(npages[0])
+        return np.arange(pfns[0], pfns[0] + nr), np.arange(gfns[0], gfns[0] + nr)
     ends = np.cumsum(npages)
     offsets = np.arange(ends[-1])
     starts = ends - npages
