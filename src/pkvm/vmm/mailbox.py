@@ -12,24 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-BANK = 0x100
-CPUS = 16
-COMMAND = 0x00
-ARG = 0x08
-ARGS = 6
-STATUS = 0x38
-RESULT = 0x40
-RESULTS = 8
-DATA = 0x80
-DATAS = 16
+from pkvm.guests.protocol import Mailbox as Register
 
-EVENT_SHARED = 1
-EVENT_UNSHARED = 2
-EVENT_NOTE = 3
+BANK, CPUS = int(Register.BANK), 16
+COMMAND, STATUS = int(Register.COMMAND), int(Register.STATUS)
+ARG, ARGS = int(Register.ARG), int(Register.ARGS)
+RESULT, RESULTS = int(Register.RESULT), int(Register.RESULTS)
+DATA, DATAS = int(Register.DATA), int(Register.DATAS)
 
 
 class Event(NamedTuple):
-    """What the guest announced: `code` is one of EVENT_*, from CPU `cpu`, with ARG0-ARG5."""
+    """What CPU `cpu` announced: `code` (`pkvm.guests.protocol.Event` names some), ARG0-ARG5."""
 
     cpu: int
     code: int
@@ -104,8 +97,7 @@ class Mailbox:
         elif RESULT <= register < RESULT + 8 * RESULTS:
             bank.results[register - RESULT >> 3] = value
         elif register == STATUS and self._on_answer is not None:
-            answer = Answer(cpu, value, tuple(bank.results))
-            self._on_answer(answer)
+            self._on_answer(Answer(cpu, value, tuple(bank.results)))
 
     def _fetch(self, cpu: int) -> int:
         command = self._next_command(cpu) if self._next_command is not None else None

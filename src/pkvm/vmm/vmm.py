@@ -20,6 +20,7 @@ from enum import Enum
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
+from pkvm.guests import protocol
 from pkvm.kvm import (
     Exit,
     FailEntry,
@@ -37,7 +38,7 @@ from pkvm.vmm.board import Board
 from pkvm.vmm.devicetree import build_device_tree
 from pkvm.vmm.errors import LoadError
 from pkvm.vmm.loader import Image
-from pkvm.vmm.mailbox import EVENT_SHARED, EVENT_UNSHARED, Event, Mailbox
+from pkvm.vmm.mailbox import Event, Mailbox
 from pkvm.vmm.pl011 import Pl011
 from pkvm.vmm.sharing import Sharing
 
@@ -313,12 +314,12 @@ class Vmm:
         return None
 
     def _on_event(self, event: Event) -> None:
-        if event.code == EVENT_SHARED:
+        if event.code == protocol.Event.SHARED:
             shared = self.sharing.announce(event.args)
             if shared is not None:
                 self._look(Moment.SHARED)
                 self.sharing.reply(shared)
-        elif event.code == EVENT_UNSHARED:
+        elif event.code == protocol.Event.UNSHARED:
             self.sharing.withdraw(event.args)
             self._look(Moment.UNSHARED)
 
