@@ -418,6 +418,66 @@ def test_invalidate_waits_for_the_access_under_way(
     assert in_time == [False]
 
 
+def test_no_write_lands_after_the_invalidation(
+    memory: PhysicalMemory, tree: Tree, bus: Bus
+) -> None:
+    for _ in range(20):
+        tree.page(0, DATA)
+        writing = threading.Event()
+
+        def write(writing: threading.Event = writing) -> None:
+            try:
+                while True:
+                    bus.write_u64(0, 1)
+                    writing.set()
+            except Stage2Fault:
+                return
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        assert writing.wait(10)
+        tree.put(0, 3, 0)
+        bus.invalidate(0)
+        memory.write_u64(DATA, 2)
+        writer.join(10)
+        assert not writer.is_alive()
+        assert memory.read_u64(DATA) == 2
+
+
+def test_a_fault_handler_and_an_invalidation_may_meet(tree: Tree, bus: Bus) -> None:
+    """Both have EL2's lock: one comes from the bus, the other goes to it."""
+    el2 = threading.Lock()
+    faults = 0
+
+    def on_fault(ipa: int, _access: Access, _fsc: int) -> bool:
+        nonlocal faults
+        with el2:
+            faults += 1
+            tree.page(ipa & ~0xFFF, DATA)
+        return True
+
+    def revoke() -> None:
+        while not done.is_set():
+            with el2:
+                tree.put(0, 3, 0)
+                bus.invalidate(0)
+
+    bus.on_fault = on_fault
+    done = threading.Event()
+    revoker = threading.Thread(target=revoke)
+    revoker.start()
+    refused = 0
+    for _ in range(300):
+        try:
+            assert bus.read_u64(0) == 0
+        except Stage2Fault:
+            refused += 1  # revoked again as often as it was mapped
+    done.set()
+    revoker.join(10)
+    assert not revoker.is_alive()
+    assert faults >= refused * FAULT_RETRIES
+
+
 IPA_PAGES = 24
 PA_PAGES = 6
 
