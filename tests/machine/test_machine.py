@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import pytest
@@ -11,7 +11,8 @@ from stage2_trees import KIB4, RAM, Tree
 
 from pkvm.events import DmaFault, Event
 from pkvm.machine import dma
-from pkvm.machine.cpu.engine import CpuEngine
+from pkvm.machine.clock import counter_ticks
+from pkvm.machine.cpu.engine import CpuEngine, StopReason
 from pkvm.machine.machine import DMA_BASE, IPA_BITS, PARANGE, RAM_BASE, Machine
 from pkvm.machine.memory import PhysicalMemory
 
@@ -142,3 +143,75 @@ def test_close() -> None:
         _ = machine.engine
     machine.host_bus.write(RAM_BASE, b"x")
     assert engine.forgotten == []
+
+
+HVC = 0xD400_0002
+READ_COUNTER = 0xD53B_E040
+"""MRS X0, CNTVCT_EL0"""
+CODE = RAM_BASE + 0x4000
+
+
+def move_to_x0(value: int) -> int:
+    """MOVZ X0, #value"""
+    return 0xD280_0000 | value << 5
+
+
+def program(*words: int) -> bytes:
+    return b"".join(word.to_bytes(4, "little") for word in words)
+
+
+def run_at(machine: Machine, address: int) -> int:
+    """Run from `address` to the first exception to EL2; X0 there."""
+    engine = machine.engine
+    engine.vector = lambda: False
+    engine.pstate = 0x3C5
+    engine.pc = address
+    assert engine.run() is StopReason.VECTOR
+    assert engine.esr_el2 >> 26 == 0x16
+    return engine.x[0]
+
+
+class TestWithUnicorn:
+    @pytest.fixture(params=[False, True], ids=["real", "virtual"])
+    def machine(self, request: pytest.FixtureRequest) -> Iterator[Machine]:
+        machine = Machine(1 << 20, virtual_clock=request.param, recorder=Log())
+        yield machine
+        machine.close()
+
+    def test_code_that_the_host_or_a_device_replaces_is_not_run_again(
+        self, machine: Machine
+    ) -> None:
+        bus = machine.host_bus
+        bus.write(CODE, program(move_to_x0(1), HVC))
+        assert run_at(machine, CODE) == 1
+        bus.write(CODE, program(move_to_x0(2), HVC))
+        assert run_at(machine, CODE) == 2
+        bus.write_u64(CODE, HVC << 32 | move_to_x0(3))
+        assert run_at(machine, CODE) == 3
+        bus.write(CODE + 0x8000, program(move_to_x0(4), HVC))
+        for register, value in ((dma.SRC, CODE + 0x8000), (dma.DST, CODE), (dma.LEN, 8)):
+            bus.write_u64(DMA_BASE + register, value)
+        bus.write_u64(DMA_BASE + dma.CTRL, dma.CTRL_START)
+        assert run_at(machine, CODE) == 4
+
+    def test_the_guests_counter_is_the_machines_clock(self, machine: Machine) -> None:
+        machine.host_bus.write(CODE, program(READ_COUNTER, HVC))
+        before = counter_ticks(machine.clock.now_ns())
+        seen = run_at(machine, CODE)
+        assert before <= seen <= counter_ticks(machine.clock.now_ns())
+
+
+def test_two_virtual_runs_take_the_same_time() -> None:
+    times = []
+    for _ in range(2):
+        machine = Machine(1 << 20, virtual_clock=True, recorder=Log())
+        # MOVZ X0, #500; loop: SUBS X0, X0, #1; B.NE loop; then the counter
+        loop = program(move_to_x0(500), 0xF100_0400, 0x54FF_FFE1, READ_COUNTER, HVC)
+        machine.host_bus.write(CODE, loop)
+        start = machine.clock.now_ns()
+        counter = run_at(machine, CODE)
+        times.append((counter, machine.clock.now_ns() - start))
+        machine.close()
+    assert times[0] == times[1]
+    assert times[0][0] >= 500
+    assert times[0][1] >= 500 * 16
