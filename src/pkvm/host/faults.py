@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Stage-2 faults of non-protected guests on memory slots: share host pages, a block if it fits.
+
+A protected guest has all its memory from the start (RFC 7.26.1), so it never
+gets here.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from pkvm.host.memslots import Slot
+from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
+from pkvm.host.vm import Sharing, Vm
+from pkvm.hyp.abi import PROT_RWX, PROT_W, HostCall
+
+_BLOCK = 1 << 21
+_BLOCK_PAGES = _BLOCK >> PAGE_SHIFT
+_TABLES = 2
+"""Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
+
+
+def share(vm: Vm, slot: Slot, ipa: int) -> None:
+    """Map the page at `ipa` of `slot`, or the 2 MiB block around it, into the loaded vCPU's VM.
+
+    Raises EFAULT where the slot has no user memory, ENOMEM, or what EL2 answers.
+    """
+    block = ipa & ~(_BLOCK - 1)
+    if _is_shared(vm, ipa, block):
+        return
+    if slot.ipa <= block and block + _BLOCK <= slot.end and _share_block(vm, slot, block):
+        return
+    page = ipa & ~(PAGE_SIZE - 1)
+    result = _share(vm, slot, page, 1)
+    if result < 0:
+        raise OSError(-result, f"EL2 does not share IPA {page:#x} with the guest")
+
+
+def _is_shared(vm: Vm, ipa: int, block: int) -> bool:
+    """Whether another vCPU's fault has mapped the page meanwhile."""
+    if ipa >> PAGE_SHIFT in vm.shared:
+        return True
+    around = vm.shared.get(block >> PAGE_SHIFT)
+    return around is not None and around.npages == _BLOCK_PAGES
+
+
+def _share_block(vm: Vm, slot: Slot, block: int) -> bool:
+    """Try to map a 2 MiB block; False if its memory is not one aligned block, or not all free."""
+    user = slot.user + block - slot.ipa
+    try:
+        pa = vm.host.users.pa(user, _BLOCK)
+    except OSError:
+        return False
+    first = block >> PAGE_SHIFT
+    if pa % _BLOCK or any(gfn in vm.shared for gfn in range(first, first + _BLOCK_PAGES)):
+        return False
+    return _share(vm, slot, block, _BLOCK_PAGES) >= 0
+
+
+def _share(vm: Vm, slot: Slot, ipa: int, npages: int) -> int:
+    """HOST_SHARE_GUEST, with table pages as needed; 0 or a negative errno."""
+    users = vm.host.users
+    user = slot.user + ipa - slot.ipa
+    mapping = users.find(user, npages << PAGE_SHIFT)
+    pa = mapping.run.pa + user - mapping.address
+    prot = PROT_RWX & ~PROT_W if slot.readonly else PROT_RWX
+    call, args = HostCall.HOST_SHARE_GUEST, (pa >> PAGE_SHIFT, ipa >> PAGE_SHIFT, npages, prot)
+    result = vm.host.el2.try_call(call, *args)
+    if result == -errno.ENOMEM:
+        vm.topup(_TABLES)
+        result = vm.host.el2.try_call(call, *args)
+    if result >= 0:
+        vm.pin(mapping.run)
+        vm.shared[ipa >> PAGE_SHIFT] = Sharing(npages, mapping.run)
+    return result

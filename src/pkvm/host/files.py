@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a file descriptor names, and the ioctls of each: KVM itself, a VM, a vCPU, the DMA device.
+
+One method a request, in the order of the requests' numbers. A method gets the
+`Argument` and returns ioctl(2)'s value. The kernel lock is held.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from pkvm.host import protected, regs
+from pkvm.host.dma import CopyDriver
+from pkvm.host.host import IPA_BITS, Host
+from pkvm.host.mm import UserSpace
+from pkvm.host.run import kvm_run
+from pkvm.host.vcpu import Vcpu
+from pkvm.host.vm import Vm
+from pkvm.hyp.abi import MAX_VCPUS
+from pkvm.uapi.kvm import (
+    API_VERSION,
+    ENABLE_CAP,
+    MEM_SLOTS_NUM,
+    MEMORY_REGION,
+    MP_STATE,
+    ONE_REG,
+    TARGET_GENERIC_V8,
+    VCPU_INIT,
+    VCPU_MMAP_SIZE,
+    Cap,
+    DmaCopy,
+    Ioctl,
+    MpState,
+)
+
+_MASK64 = (1 << 64) - 1
+_IPA_SIZE_MASK = 0xFF
+_MIN_IPA_BITS = 32
+_COUNT_BYTES = 8
+
+
+class Argument:
+    """ioctl(2)'s third argument: a number or a pointer.
+
+    A caller's bytearray is a structure whose address is nobody's business: as a number it is not
+    zero and no valid one. A number may point to user memory.
+    """
+
+    __slots__ = ("_users", "_value")
+
+    def __init__(self, value: int | bytearray, users: UserSpace) -> None:
+        self._value = value
+        self._users = users
+
+    @property
+    def number(self) -> int:
+        """As an unsigned long."""
+        return self._value & _MASK64 if isinstance(self._value, int) else _MASK64
+
+    def read(self, length: int) -> bytes:
+        """copy_from_user of a structure. Raises EFAULT."""
+        if isinstance(self._value, int):
+            return self._users.copy_from_user(self.number, length)
+        if not isinstance(self._value, bytearray) or len(self._value) < length:
+            raise self._too_short(length)
+        return bytes(self._value[:length])
+
+    def write(self, data: bytes) -> None:
+        """copy_to_user of a structure. Raises EFAULT."""
+        if isinstance(self._value, int):
+            self._users.copy_to_user(self.number, data)
+            return
+        if not isinstance(self._value, bytearray) or len(self._value) < len(data):
+            raise self._too_short(len(data))
+        self._value[: len(data)] = data
+
+    def _too_short(self, length: int) -> OSError:
+        return OSError(errno.EFAULT, f"the request's structure needs a bytearray of {length} bytes")
+
+
+Handler = Callable[[Argument], int]
+
+
+class File(Protocol):
+    """An open file."""
+
+    def ioctl(self, request: int, argument: Argument) -> int:
+        """ioctl(2)."""
+        ...
+
+    def release(self) -> None:
+        """The last descriptor was closed."""
+        ...
+
+
+class KvmFile:
+    """/dev/kvm. `install` gives a new file a descriptor."""
+
+    def __init__(self, host: Host, install: Callable[[File], int]) -> None:
+        self._host = host
+        self._install = install
+        self._requests: Mapping[int, Handler] = {
+            Ioctl.GET_API_VERSION: self._get_api_version,
+            Ioctl.CREATE_VM: self._create_vm,
+            Ioctl.CHECK_EXTENSION: lambda argument: check_extension(host, argument.number),
+            Ioctl.GET_VCPU_MMAP_SIZE: self._get_vcpu_mmap_size,
+        }
+
+    def ioctl(self, request: int, argument: Argument) -> int:
+        """System ioctls; EINVAL for any other."""
+        return _known(self._requests, request, "/dev/kvm")(argument)
+
+    def release(self) -> None:
+        """Nothing is kept for it."""
+
+    def _get_api_version(self, argument: Argument) -> int:
+        """KVM_GET_API_VERSION (KVM API 4.1)."""
+        _no_argument(argument)
+        return API_VERSION
+
+    def _create_vm(self, argument: Argument) -> int:
+        """KVM_CREATE_VM (KVM API 4.2). The type is an IPA size in bits, 0 for 40; a host in
+        protected mode ignores it. Raises EINVAL for any other type, ENOMEM beyond 255 VMs."""
+        kind = argument.number
+        if kind & ~_IPA_SIZE_MASK:
+            raise OSError(
+                errno.EINVAL,
+                f"machine type {kind:#x}: a VM becomes protected by "
+                "KVM_ENABLE_CAP(KVM_CAP_ARM_PROTECTED_VM)",
+            )
+        if kind and not self._host.protected_mode and not _MIN_IPA_BITS <= kind <= IPA_BITS:
+            raise OSError(errno.EINVAL, f"an IPA space has 32 to {IPA_BITS} bits, not {kind}")
+        vm = Vm(self._host)
+        try:
+            return self._install(VmFile(vm, self._install))
+        except OSError:
+            vm.put()
+            raise
+
+    def _get_vcpu_mmap_size(self, argument: Argument) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE (KVM API 4.5)."""
+        _no_argument(argument)
+        return VCPU_MMAP_SIZE
+
+
+class VmFile:
+    """A VM's descriptor."""
+
+    def __init__(self, vm: Vm, install: Callable[[File], int]) -> None:
+        self.vm = vm
+        self._install = install
+        self._requests: Mapping[int, Handler] = {
+            Ioctl.CHECK_EXTENSION: lambda argument: check_extension(vm.host, argument.number),
+            Ioctl.CREATE_VCPU: self._create_vcpu,
+            Ioctl.SET_USER_MEMORY_REGION: self._set_user_memory_region,
+            Ioctl.ENABLE_CAP: self._enable_cap,
+            Ioctl.ARM_PREFERRED_TARGET: self._preferred_target,
+        }
+
+    def ioctl(self, request: int, argument: Argument) -> int:
+        """VM ioctls; EINVAL for any other."""
+        return _known(self._requests, request, "a VM")(argument)
+
+    def release(self) -> None:
+        """The VM lives on while a vCPU's descriptor or mapping does."""
+        self.vm.put()
+
+    def _create_vcpu(self, argument: Argument) -> int:
+        """KVM_CREATE_VCPU (KVM API 4.7)."""
+        vcpu = self.vm.create_vcpu(argument.number)
+        try:
+            return self._install(VcpuFile(vcpu))
+        except OSError:
+            self.vm.forget_vcpu(vcpu)
+            raise
+
+    def _set_user_memory_region(self, argument: Argument) -> int:
+        """KVM_SET_USER_MEMORY_REGION (KVM API 4.35)."""
+        self.vm.set_memory_region(argument.read(MEMORY_REGION.size))
+        return 0
+
+    def _enable_cap(self, argument: Argument) -> int:
+        """KVM_ENABLE_CAP (KVM API 4.37): ARM_PROTECTED_VM, on a host in protected mode."""
+        cap, flags, *args = ENABLE_CAP.unpack(argument.read(ENABLE_CAP.size))
+        if cap != Cap.ARM_PROTECTED_VM:
+            raise OSError(errno.EINVAL, f"capability {cap} cannot be enabled")
+        if not self.vm.host.protected_mode:
+            raise OSError(errno.EINVAL, "the host is not in protected mode")
+        protected.enable_cap(self.vm, flags, (args[0], args[1], args[2], args[3]))
+        return 0
+
+    def _preferred_target(self, argument: Argument) -> int:
+        """KVM_ARM_PREFERRED_TARGET (KVM API 4.83)."""
+        argument.write(VCPU_INIT.pack(TARGET_GENERIC_V8, *[0] * 7))
+        return 0
+
+
+class VcpuFile:
+    """A vCPU's descriptor."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        self.vcpu = vcpu
+        self._requests: Mapping[int, Handler] = {
+            Ioctl.RUN: self._run,
+            Ioctl.GET_MP_STATE: self._get_mp_state,
+            Ioctl.SET_MP_STATE: self._set_mp_state,
+            Ioctl.GET_ONE_REG: self._get_one_reg,
+            Ioctl.SET_ONE_REG: self._set_one_reg,
+            Ioctl.ARM_VCPU_INIT: self._vcpu_init,
+            Ioctl.GET_REG_LIST: self._get_reg_list,
+        }
+
+    def ioctl(self, request: int, argument: Argument) -> int:
+        """vCPU ioctls; EINVAL for any other. One at a time: KVM_RUN in another thread is awaited.
+        The vCPU outlives the call, whoever closes its descriptor meanwhile."""
+        handler = _known(self._requests, request, "a vCPU")
+        vcpu = self.vcpu
+        vcpu.get()
+        try:
+            if not vcpu.mutex.acquire(blocking=False):
+                self._wait_for_mutex()
+            try:
+                return handler(argument)
+            finally:
+                vcpu.mutex.release()
+        finally:
+            vcpu.put()
+
+    def release(self) -> None:
+        """A KVM_RUN under way is interrupted; the vCPU goes when nothing uses it any more."""
+        vcpu = self.vcpu
+        vcpu.closed = True
+        vcpu.vm.host.sched.forget(vcpu.runner)
+        vcpu.put()
+
+    def _wait_for_mutex(self) -> None:
+        """Take the vCPU's mutex without the kernel lock, which comes after it. Raises EBADF."""
+        vcpu = self.vcpu
+        sched = vcpu.vm.host.sched
+        sched.leave()
+        try:
+            vcpu.mutex.acquire()
+        finally:
+            sched.enter()
+        if vcpu.closed:
+            vcpu.mutex.release()
+            raise OSError(errno.EBADF, "the vCPU was closed")
+
+    def _run(self, argument: Argument) -> int:
+        """KVM_RUN (KVM API 4.10)."""
+        _no_argument(argument)
+        kvm_run(self.vcpu)
+        return 0
+
+    def _get_mp_state(self, argument: Argument) -> int:
+        """KVM_GET_MP_STATE (KVM API 4.38)."""
+        argument.write(MP_STATE.pack(self.vcpu.mp_state))
+        return 0
+
+    def _set_mp_state(self, argument: Argument) -> int:
+        """KVM_SET_MP_STATE (KVM API 4.39): RUNNABLE or STOPPED, else EINVAL. It is the host's
+        view; EL2 has a protected vCPU's power state."""
+        state = MP_STATE.unpack(argument.read(MP_STATE.size))[0]
+        if state not in (MpState.RUNNABLE, MpState.STOPPED):
+            raise OSError(errno.EINVAL, f"MP state {state} is neither RUNNABLE nor STOPPED")
+        self.vcpu.mp_state = MpState(state)
+        return 0
+
+    def _get_one_reg(self, argument: Argument) -> int:
+        """KVM_GET_ONE_REG (KVM API 4.69)."""
+        register, address = self._one_reg(argument)
+        regs.size_of(register)
+        self._users.copy_to_user(address, regs.get_one_reg(self.vcpu, register))
+        return 0
+
+    def _set_one_reg(self, argument: Argument) -> int:
+        """KVM_SET_ONE_REG (KVM API 4.68)."""
+        register, address = self._one_reg(argument)
+        value = self._users.copy_from_user(address, regs.size_of(register))
+        regs.set_one_reg(self.vcpu, register, value)
+        return 0
+
+    def _vcpu_init(self, argument: Argument) -> int:
+        """KVM_ARM_VCPU_INIT (KVM API 4.82)."""
+        vcpu = self.vcpu
+        vcpu.init(argument.read(VCPU_INIT.size))
+        if vcpu.vm.at_el2 and vcpu.vm.ran:
+            vcpu.vm.init_vcpus_at_el2()
+        return 0
+
+    def _get_reg_list(self, argument: Argument) -> int:
+        """KVM_GET_REG_LIST (KVM API 4.84). Raises E2BIG, with n written, for too small a list."""
+        self._need_init()
+        room = int.from_bytes(argument.read(_COUNT_BYTES), "little")
+        count = len(regs.REGISTERS).to_bytes(_COUNT_BYTES, "little")
+        argument.write(count)
+        if room < len(regs.REGISTERS):
+            raise OSError(errno.E2BIG, f"there are {len(regs.REGISTERS)} registers")
+        argument.write(count + b"".join(item.to_bytes(8, "little") for item in regs.REGISTERS))
+        return 0
+
+    def _one_reg(self, argument: Argument) -> tuple[int, int]:
+        """(register id, user address) of a struct kvm_one_reg."""
+        self._need_init()
+        register, address = ONE_REG.unpack(argument.read(ONE_REG.size))
+        return register, address
+
+    def _need_init(self) -> None:
+        if not self.vcpu.initialised:
+            raise OSError(errno.ENOEXEC, f"vCPU {self.vcpu.id} has had no KVM_ARM_VCPU_INIT")
+
+    @property
+    def _users(self) -> UserSpace:
+        return self.vcpu.vm.host.users
+
+
+class DmaFile:
+    """/dev/dma-copy."""
+
+    def __init__(self, driver: CopyDriver) -> None:
+        self._driver = driver
+
+    def ioctl(self, request: int, argument: Argument) -> int:
+        """DMA_COPY; ENOTTY for any other."""
+        if request != DmaCopy.COPY:
+            raise OSError(errno.ENOTTY, f"/dev/dma-copy has no ioctl {request:#x}")
+        self._driver.copy(argument.read(DmaCopy.ARGS.size))
+        return 0
+
+    def release(self) -> None:
+        """Nothing is kept for it."""
+
+
+def check_extension(host: Host, cap: int) -> int:
+    """KVM_CHECK_EXTENSION (KVM API 4.4); the same answers for the system and for a VM."""
+    if cap == Cap.ARM_PROTECTED_VM:
+        return int(host.protected_mode)
+    return _CAPS.get(cap, 0)
+
+
+_CAPS: Mapping[int, int] = {
+    Cap.USER_MEMORY: 1,
+    Cap.NR_VCPUS: 1,
+    Cap.NR_MEMSLOTS: MEM_SLOTS_NUM,
+    Cap.MP_STATE: 1,
+    Cap.SYNC_MMU: 1,
+    Cap.DESTROY_MEMORY_REGION_WORKS: 1,
+    Cap.MAX_VCPUS: MAX_VCPUS,
+    Cap.ONE_REG: 1,
+    Cap.READONLY_MEM: 1,
+    Cap.ARM_PSCI: 1,
+    Cap.ENABLE_CAP_VM: 1,
+    Cap.ARM_PSCI_0_2: 1,
+    Cap.CHECK_EXTENSION_VM: 1,
+    Cap.MAX_VCPU_ID: MAX_VCPUS,
+    Cap.IMMEDIATE_EXIT: 1,
+    Cap.ARM_VM_IPA_SIZE: IPA_BITS,
+}
+"""NR_VCPUS is the number of physical CPUs: one."""
+
+
+def _known(requests: Mapping[int, Handler], request: int, what: str) -> Handler:
+    handler = requests.get(request)
+    if handler is None:
+        raise OSError(errno.EINVAL, f"{what} has no ioctl {request:#x}")
+    return handler
+
+
+def _no_argument(argument: Argument) -> None:
+    if argument.number:
+        raise OSError(errno.EINVAL, "this request takes no argument")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""SMCCC and PSCI for guests: what the host answers to HVC and SMC.
+
+A non-protected guest's calls all come here, as on any KVM host. Of a protected
+guest's only those PSCI calls come that need the host; EL2 has decided them and
+shows the host the function and, for CPU_ON, the target (facts §5.4).
+"""
+
+from __future__ import annotations
+
+from pkvm.arm64 import psci, smccc
+from pkvm.arm64.bits import MASK64
+from pkvm.arm64.psci import Function
+from pkvm.arm64.registers import SCTLR_EE, mpidr_of_vcpu_id
+from pkvm.host.vcpu import SCTLR_OFFSET, Vcpu
+from pkvm.hyp.abi import HostVcpu
+from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent
+
+SMCCC_VERSION_1_1 = 0x1_0001
+_MPIDR_AFFINITY = 0xFF_00FF_FFFF
+_SMC64 = 1 << 30
+_MASK32 = (1 << 32) - 1
+_RESET2_VENDOR = 1 << 31
+_NO_MIGRATION = 2
+"""MIGRATE_INFO_TYPE: the trusted OS, of which there is none, needs no migration."""
+_FEATURES_BIT = 1
+"""KVM_FEATURES: only itself."""
+_EVENT_FLAG_RESET2 = 1
+"""KVM_SYSTEM_EVENT_RESET_FLAG_PSCI_RESET2."""
+
+_PSCI_OFFERED = frozenset(
+    {
+        Function.PSCI_VERSION, Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64, Function.CPU_OFF,
+        Function.CPU_ON_32, Function.CPU_ON_64, Function.AFFINITY_INFO_32,
+        Function.AFFINITY_INFO_64, Function.MIGRATE_INFO_TYPE, Function.SYSTEM_OFF,
+        Function.SYSTEM_RESET, Function.PSCI_FEATURES, Function.SYSTEM_RESET2_32,
+        Function.SYSTEM_RESET2_64, smccc.Function.SMCCC_VERSION,
+    }
+)  # fmt: skip
+_EVENTS = {
+    Function.SYSTEM_OFF: (SystemEvent.SHUTDOWN, 0),
+    Function.SYSTEM_RESET: (SystemEvent.RESET, 0),
+    Function.SYSTEM_RESET2_32: (SystemEvent.RESET, _EVENT_FLAG_RESET2),
+    Function.SYSTEM_RESET2_64: (SystemEvent.RESET, _EVENT_FLAG_RESET2),
+}
+
+
+def protected_call(vcpu: Vcpu) -> bool:
+    """Serve a PSCI call that EL2 handed over; True if KVM_RUN returns with a system event.
+
+    Raises KickedError out of a CPU_SUSPEND.
+    """
+    function = vcpu.word(HostVcpu.X) & _MASK32 & ~smccc.SVE_HINT
+    vcpu.set_word(HostVcpu.X, psci.SUCCESS)
+    if function in (Function.CPU_ON_32, Function.CPU_ON_64):
+        target = _vcpu_at(vcpu, vcpu.word(HostVcpu.X + 8))
+        if target is None:
+            vcpu.set_word(HostVcpu.X, psci.INTERNAL_FAILURE)
+        else:
+            _start(target)
+    elif function == Function.CPU_OFF:
+        vcpu.mp_state = MpState.STOPPED
+    elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
+        vcpu.vm.host.sched.sleep(vcpu.runner)
+    elif function in _EVENTS:
+        vcpu.set_word(HostVcpu.X, psci.INTERNAL_FAILURE)
+        _system_event(vcpu, *_EVENTS[Function(function)])
+        return True
+    else:
+        vcpu.set_word(HostVcpu.X, psci.NOT_SUPPORTED)
+    return False
+
+
+def call(vcpu: Vcpu) -> bool:
+    """Serve a non-protected guest's HVC or SMC; True if KVM_RUN returns with a system event.
+
+    Raises KickedError out of a CPU_SUSPEND.
+    """
+    x0, x1, x2, x3 = (vcpu.word(HostVcpu.X + 8 * n) for n in range(4))
+    function = x0 & _MASK32 & ~smccc.SVE_HINT
+    if not function & _SMC64:
+        x1, x2, x3 = x1 & _MASK32, x2 & _MASK32, x3 & _MASK32
+    if function == smccc.Function.VENDOR_UID:
+        answer(vcpu, *smccc.VENDOR_HYP_UID)
+    elif function in (Function.CPU_ON_32, Function.CPU_ON_64):
+        answer(vcpu, _cpu_on(vcpu, x1, x2, x3))
+    elif function in (Function.AFFINITY_INFO_32, Function.AFFINITY_INFO_64):
+        answer(vcpu, _affinity_info(vcpu, x1, x2))
+    elif function == Function.CPU_OFF:
+        vcpu.mp_state = MpState.STOPPED
+    elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
+        answer(vcpu, psci.SUCCESS)
+        vcpu.vm.host.sched.sleep(vcpu.runner)
+    elif function in _EVENTS:
+        reset2 = function in (Function.SYSTEM_RESET2_32, Function.SYSTEM_RESET2_64)
+        if reset2 and 0 < x1 < _RESET2_VENDOR:
+            answer(vcpu, psci.INVALID_PARAMS)
+            return False
+        answer(vcpu, psci.INTERNAL_FAILURE)
+        _system_event(vcpu, *_EVENTS[Function(function)])
+        return True
+    else:
+        answer(vcpu, _constant(function, x1))
+    return False
+
+
+def answer(vcpu: Vcpu, x0: int, x1: int = 0, x2: int = 0, x3: int = 0) -> None:
+    """Give a non-protected guest X0-X3."""
+    for n, value in enumerate((x0, x1, x2, x3)):
+        vcpu.set_word(HostVcpu.X + 8 * n, value)
+    vcpu.mark_dirty()
+
+
+def _constant(function: int, x1: int) -> int:
+    """The calls that always answer the same."""
+    if function == Function.PSCI_VERSION:
+        return psci.VERSION_1_1
+    if function == Function.PSCI_FEATURES:
+        return psci.SUCCESS if x1 & _MASK32 in _PSCI_OFFERED else psci.NOT_SUPPORTED
+    if function == Function.MIGRATE_INFO_TYPE:
+        return _NO_MIGRATION
+    if function == smccc.Function.SMCCC_VERSION:
+        return SMCCC_VERSION_1_1
+    if function == smccc.Function.KVM_FEATURES:
+        return _FEATURES_BIT
+    return smccc.NOT_SUPPORTED
+
+
+def _cpu_on(vcpu: Vcpu, mpidr: int, entry: int, context: int) -> int:
+    """PSCI CPU_ON of a non-protected guest; the target takes its caller's endianness."""
+    target = _vcpu_at(vcpu, mpidr)
+    if target is None or mpidr & ~_MPIDR_AFFINITY:
+        return psci.INVALID_PARAMS
+    if target.mp_state != MpState.STOPPED:
+        return psci.ALREADY_ON
+    target.mp_state = MpState.RUNNABLE
+    target.reset(entry, context, vcpu.word(SCTLR_OFFSET) & SCTLR_EE)
+    _start(target)
+    return psci.SUCCESS
+
+
+def _affinity_info(vcpu: Vcpu, mpidr: int, level: int) -> int:
+    """PSCI AFFINITY_INFO of a non-protected guest: ON if any vCPU of the group is."""
+    if mpidr & ~_MPIDR_AFFINITY or level > 3:
+        return psci.INVALID_PARAMS
+    mask = _MPIDR_AFFINITY & MASK64 << 8 * level
+    group = [
+        other
+        for other in vcpu.vm.vcpus.values()
+        if not ((mpidr_of_vcpu_id(other.id) ^ mpidr) & mask)
+    ]
+    if not group:
+        return psci.INVALID_PARAMS
+    is_on = any(other.mp_state == MpState.RUNNABLE for other in group)
+    return psci.Affinity.ON if is_on else psci.Affinity.OFF
+
+
+def _vcpu_at(vcpu: Vcpu, mpidr: int) -> Vcpu | None:
+    """The vCPU of the same VM with this affinity."""
+    for other in vcpu.vm.vcpus.values():
+        if not (mpidr_of_vcpu_id(other.id) ^ mpidr) & _MPIDR_AFFINITY:
+            return other
+    return None
+
+
+def _start(target: Vcpu) -> None:
+    target.mp_state = MpState.RUNNABLE
+    target.vm.host.sched.wake(target.runner)
+
+
+def _system_event(vcpu: Vcpu, kind: SystemEvent, flags: int) -> None:
+    """KVM_EXIT_SYSTEM_EVENT; every vCPU of the VM stops."""
+    for other in vcpu.vm.vcpus.values():
+        other.mp_state = MpState.STOPPED
+    Run.SYSTEM_EVENT.pack_into(vcpu.run, Run.UNION, kind, 1, flags, *[0] * 15)
+    vcpu.exit_with(ExitReason.SYSTEM_EVENT)

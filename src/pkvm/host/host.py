@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What every part of the host kernel shares: its memory, EL2, the scheduler, the CPU's vCPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pkvm.arm64.registers import hcr
+from pkvm.events import Message, Recorder
+from pkvm.host.el2 import El2
+from pkvm.host.firmware_node import FirmwareRegion
+from pkvm.host.mm import UserSpace
+from pkvm.host.pages import PageAllocator
+from pkvm.host.ports import Bus, BusFaults
+from pkvm.host.scheduler import Scheduler
+from pkvm.hyp.abi import HostCall
+
+if TYPE_CHECKING:
+    from pkvm.host.vcpu import Vcpu
+    from pkvm.host.vm import Vm
+
+IPA_BITS = 40
+"""Size of every VM's IPA space; protected mode ignores the VMM's wish."""
+_TRAP_WAITS = hcr("TWI", "TWE")
+
+
+@dataclass(slots=True)
+class Host:
+    """The host kernel's state that is not a VM's. The kernel lock covers it."""
+
+    bus: Bus
+    bus_faults: BusFaults
+    pages: PageAllocator
+    users: UserSpace
+    el2: El2
+    sched: Scheduler
+    recorder: Recorder
+    protected_mode: bool
+    firmware: FirmwareRegion | None
+    vms: set[Vm] = field(default_factory=set)
+    """Every VM that has not gone."""
+    loaded: Vcpu | None = field(default=None)
+    """The vCPU that EL2 has loaded. It stays so until another one is to run or its VM goes."""
+
+    @property
+    def firmware_size(self) -> int:
+        """Bytes of guest firmware, 0 if the boot firmware left none."""
+        return self.firmware.size if self.firmware else 0
+
+    def load(self, vcpu: Vcpu) -> None:
+        """Load a vCPU at EL2, in place of the one that is. Raises OSError."""
+        if self.loaded is vcpu:
+            return
+        self.put()
+        self.el2.call(HostCall.VCPU_LOAD, vcpu.vm.handle, vcpu.index, _TRAP_WAITS)
+        self.loaded = vcpu
+
+    def put(self) -> None:
+        """Leave EL2 without a loaded vCPU."""
+        if self.loaded is not None:
+            self.el2.call(HostCall.VCPU_PUT)
+            self.loaded = None
+
+    def say(self, text: str) -> None:
+        """printk."""
+        self.recorder.record(Message("host", text))

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host kernel at its system calls: open, ioctl, mmap, close (`pkvm.kvm.kernel.Kernel`).
+
+Any thread may call. Every call takes the kernel lock, KVM_RUN gives it away
+while it waits; a load or store to a `HostMemory` is no call and takes none.
+Whatever the arguments are, a call raises nothing but OSError, with Linux's
+errno and words.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+
+from pkvm import events
+from pkvm.events import Recorder
+from pkvm.host.dma import CopyDriver
+from pkvm.host.el2 import El2
+from pkvm.host.files import Argument, DmaFile, File, KvmFile, VcpuFile
+from pkvm.host.firmware_node import FirmwareRegion, guest_firmware
+from pkvm.host.host import Host
+from pkvm.host.mm import HostMemory, UserSpace
+from pkvm.host.pages import PageAllocator
+from pkvm.host.ports import PAGE_MASK, Bus, BusFaults, Clock, Door
+from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
+from pkvm.host.vcpu import Vcpu
+from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
+
+FIRST_FD = 3
+MAX_FDS = 1024
+"""RLIMIT_NOFILE."""
+_REQUEST_MASK = 0xFFFF_FFFF
+_REQUEST_NAMES = {int(request): request.name for request in Ioctl} | {DmaCopy.COPY: "DMA_COPY"}
+
+
+class HostRunPage:
+    """A vCPU's mmapped struct kvm_run (`pkvm.kvm.kernel.RunPage`)."""
+
+    def __init__(self, vcpu: Vcpu, length: int, unmap: Callable[[HostRunPage], None]) -> None:
+        self.vcpu = vcpu
+        self._view = memoryview(vcpu.run)[:length]
+        self._unmap = unmap
+        self._closed = False
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes, writable, shared with the kernel."""
+        return self._view
+
+    def close(self) -> None:
+        """munmap. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._unmap(self)
+
+
+class HostKernel:
+    """The host kernel. Handed to it, and all it has of the machine and of EL2:
+
+    `bus` and the exception types `bus_faults` that it raises; EL2's `door`; the usable `ram` as
+    (base PA, bytes) ranges, without EL2's carve-out and the guest firmware; `clock`; `interrupt`,
+    which interrupts the CPU from any thread; with a virtual clock the CPU's block `counter`;
+    `dma_base`, the PA of the copy engine's registers; whether it booted in `protected` mode; the
+    `host_dtb` of its boot firmware, if any. `misalign` makes memory that no 2 MiB block can map.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        door: Door,
+        *,
+        ram: Sequence[tuple[int, int]],
+        bus_faults: BusFaults,
+        clock: Clock,
+        recorder: Recorder,
+        interrupt: Callable[[], None],
+        dma_base: int,
+        protected: bool,
+        counter: BlockCounter | None = None,
+        host_dtb: bytes | None = None,
+        misalign: bool = False,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        pages = PageAllocator(bus, ram, misalign=misalign)
+        users = UserSpace(bus, bus_faults, pages)
+        self._sched = Scheduler(clock, interrupt, counter, grace_s)
+        self._recorder = recorder
+        self._bus_faults = bus_faults
+        el2 = El2(door, bus, pages, recorder)
+        firmware = guest_firmware(host_dtb, protected, el2.say) if host_dtb is not None else None
+        self._host = Host(
+            bus, bus_faults, pages, users, el2, self._sched, recorder, protected, firmware
+        )
+        self._dma = CopyDriver(bus, users, dma_base)
+        self._files: dict[int, File] = {}
+        self._run_pages: set[HostRunPage] = set()
+        self._down = False
+
+    @property
+    def firmware(self) -> FirmwareRegion | None:
+        """The guest firmware that the host's boot firmware left."""
+        return self._host.firmware
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of RAM that nobody uses."""
+        return self._host.pages.free_pages
+
+    def open(self, path: str) -> int:
+        """open(2): "/dev/kvm" or "/dev/dma-copy", else ENOENT. Raises EMFILE."""
+
+        def make() -> int:
+            if path == "/dev/kvm":
+                return self._install(KvmFile(self._host, self._install))
+            if path == "/dev/dma-copy":
+                return self._install(DmaFile(self._dma))
+            raise OSError(errno.ENOENT, f"the built-in host has no {path!r}")
+
+        return self._call(-1, "open", make)
+
+    def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
+        """ioctl(2); see `pkvm.kvm.kernel.Kernel`. EBADF for a descriptor that is not open."""
+        request &= _REQUEST_MASK
+        sched = self._sched
+        result = -errno.EINTR
+        sched.enter()
+        try:
+            file = self._files.get(fd)
+            if file is None:
+                raise _bad_fd(fd)
+            result = file.ioctl(request, Argument(arg, self._host.users))
+        except OSError as error:
+            result = -(error.errno or errno.EIO)
+            raise
+        except self._bus_faults as fault:
+            result = -errno.EFAULT
+            raise OSError(errno.EFAULT, f"the host kernel was refused: {fault}") from fault
+        finally:
+            name = _REQUEST_NAMES.get(request) or hex(request)
+            self._recorder.record(events.Ioctl(fd, name, result))
+            sched.leave()
+        return result
+
+    def mmap(self, length: int) -> HostMemory:
+        """An anonymous mapping, all of its pages there at once. Raises EINVAL, ENOMEM."""
+        memory: list[HostMemory] = []
+
+        def make() -> int:
+            self._not_down()
+            mapping = self._host.users.map(length)
+            memory.append(HostMemory(self._host.users, mapping, self._munmap))
+            return 0
+
+        self._call(-1, "mmap", make)
+        return memory[0]
+
+    def mmap_vcpu(self, fd: int, length: int) -> HostRunPage:
+        """mmap(2) of a vCPU. Raises EBADF, ENODEV for another file, EINVAL for a length that is 0
+        or more than KVM_GET_VCPU_MMAP_SIZE."""
+        pages: list[HostRunPage] = []
+
+        def make() -> int:
+            file = self._files.get(fd)
+            if file is None:
+                raise _bad_fd(fd)
+            if not isinstance(file, VcpuFile):
+                raise OSError(errno.ENODEV, "only a vCPU can be mapped")
+            if not 0 < length <= VCPU_MMAP_SIZE:
+                raise OSError(errno.EINVAL, f"length {length} is not 1 to {VCPU_MMAP_SIZE}")
+            page = HostRunPage(file.vcpu, (length + PAGE_MASK) & ~PAGE_MASK, self._unmap_run)
+            file.vcpu.get()
+            self._run_pages.add(page)
+            pages.append(page)
+            return 0
+
+        self._call(fd, "mmap", make)
+        return pages[0]
+
+    def close(self, fd: int) -> None:
+        """close(2). Raises EBADF. A KVM_RUN under way on a vCPU that is closed gives EINTR."""
+
+        def make() -> int:
+            file = self._files.pop(fd, None)
+            if file is None:
+                raise _bad_fd(fd)
+            file.release()
+            return 0
+
+        self._call(fd, "close", make)
+
+    def kick(self, fd: int) -> None:
+        """End a KVM_RUN under way on a vCPU with EINTR. Raises EBADF, EINVAL for another file.
+        Takes no lock that a guest could hold: from any thread, also out of a signal handler."""
+        file = self._files.get(fd)
+        if file is None:
+            raise _bad_fd(fd)
+        if not isinstance(file, VcpuFile):
+            raise OSError(errno.EINVAL, f"descriptor {fd} is not a vCPU")
+        self._sched.kick(file.vcpu.runner)
+
+    def shutdown(self) -> None:
+        """Close every descriptor and mapping, and wait for the KVM_RUNs that this interrupts.
+        Nothing can be opened or mapped afterwards. Idempotent. Not from a thread in KVM_RUN."""
+        vcpus: list[Vcpu] = []
+
+        def close_all() -> int:
+            self._down = True
+            for vm in self._host.vms:
+                vcpus.extend(vm.vcpus.values())
+            while self._files:
+                self._files.popitem()[1].release()
+            while self._run_pages:
+                self._run_pages.pop().vcpu.put()
+            return 0
+
+        def unmap_all() -> int:
+            for mapping in self._host.users.mappings():
+                self._host.users.unmap(mapping)
+            return 0
+
+        self._call(-1, "exit", close_all)
+        for vcpu in vcpus:
+            # Whoever ran it lets go of the mutex, then of the kernel lock.
+            vcpu.mutex.acquire()
+            vcpu.mutex.release()
+        self._call(-1, "exit_mmap", unmap_all)
+
+    def _call(self, fd: int, name: str, make: Callable[[], int]) -> int:
+        """A system call that is not an ioctl: under the kernel lock, and announced. `fd` -1 means
+        that the result is the descriptor."""
+        result = -errno.EINTR
+        self._sched.enter()
+        try:
+            result = make()
+        except OSError as error:
+            result = -(error.errno or errno.EIO)
+            raise
+        except self._bus_faults as fault:
+            result = -errno.EFAULT
+            raise OSError(errno.EFAULT, f"the host kernel was refused: {fault}") from fault
+        finally:
+            self._recorder.record(events.Ioctl(fd, name, result))
+            self._sched.leave()
+        return result
+
+    def _install(self, file: File) -> int:
+        """Give a file the lowest free descriptor. Raises EMFILE, ENODEV after `shutdown`."""
+        self._not_down()
+        fd = FIRST_FD
+        while fd in self._files:
+            fd += 1
+        if fd >= MAX_FDS:
+            raise OSError(errno.EMFILE, f"{MAX_FDS - FIRST_FD} descriptors are open")
+        self._files[fd] = file
+        return fd
+
+    def _not_down(self) -> None:
+        if self._down:
+            raise OSError(errno.ENODEV, "the host kernel is shut down")
+
+    def _munmap(self, memory: HostMemory) -> None:
+        def make() -> int:
+            self._host.users.unmap(memory.mapping)
+            return 0
+
+        self._call(-1, "munmap", make)
+
+    def _unmap_run(self, page: HostRunPage) -> None:
+        def make() -> int:
+            if page in self._run_pages:
+                self._run_pages.discard(page)
+                page.vcpu.put()
+            return 0
+
+        self._call(-1, "munmap", make)
+
+
+def _bad_fd(fd: int) -> OSError:
+    return OSError(errno.EBADF, f"descriptor {fd} is not open")

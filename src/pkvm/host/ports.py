@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the host kernel is handed: its bus, EL2's door, the clock.
+
+The host is untrusted, so it holds nothing of the machine or of EL2 but these
+narrow things: loads and stores that stage-2 checks, one hypercall instruction,
+and time.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+PAGE_MASK = PAGE_SIZE - 1
+
+
+class Bus(Protocol):
+    """The host CPU's loads and stores, behind the host's stage-2.
+
+    Addresses are the host's physical addresses, in bytes. An access that is refused raises one of
+    the exception types that the host is handed beside the bus (`bus_faults`).
+    """
+
+    def read(self, ipa: int, length: int, /) -> bytes:
+        """Load `length` bytes."""
+        ...
+
+    def write(self, ipa: int, data: bytes | bytearray | memoryview, /) -> None:
+        """Store `data`; pages before a refused one have been written."""
+        ...
+
+    def read_u64(self, ipa: int, /) -> int:
+        """Load a little-endian 64-bit word."""
+        ...
+
+    def write_u64(self, ipa: int, value: int, /) -> None:
+        """Store a little-endian 64-bit word."""
+        ...
+
+
+class Door(Protocol):
+    """HVC #0 from the host: (function id, arguments) -> (X0, X1), facts §9.1."""
+
+    def __call__(self, function: int, /, *args: int) -> tuple[int, int]:
+        """Make the hypercall."""
+        ...
+
+
+class Clock(Protocol):
+    """The machine's time."""
+
+    @property
+    def virtual(self) -> bool:
+        """Whether time counts blocks of guest code and stands still while none runs."""
+        ...
+
+    def now_ns(self) -> int:
+        """Nanoseconds; never goes back."""
+        ...
+
+
+BusFaults = tuple[type[Exception], ...]
+"""What `Bus` raises when the host's stage-2, or the bus itself, refuses an access."""

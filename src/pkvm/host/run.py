@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""KVM_RUN: enter the guest, serve its exits, return when the VMM is needed (KVM API 4.10).
+
+Order of what KVM_RUN does, as Linux has it: refuse an uninitialised vCPU
+(ENOEXEC), finish the MMIO exit that the VMM answered, honour `immediate_exit`,
+then run. A vCPU that is powered off waits before it touches EL2, so that it
+makes no difference when its thread arrives.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from pkvm.host import exits
+from pkvm.host.scheduler import KickedError
+from pkvm.host.vcpu import Vcpu
+from pkvm.hyp.abi import HOST_CALL_BASE, HostCall
+from pkvm.uapi.kvm import ExitReason, MpState, Run
+
+_VCPU_RUN = HOST_CALL_BASE + HostCall.VCPU_RUN
+_SIGN = 1 << 63
+_WRAP = 1 << 64
+
+
+def kvm_run(vcpu: Vcpu) -> None:
+    """KVM_RUN. Called and left with the kernel lock and the vCPU's mutex held; returns when
+    kvm_run holds an exit.
+
+    Raises ENOEXEC for a vCPU that is not initialised, EPERM for a secondary vCPU of a protected
+    VM without POWER_OFF, EINTR for a kick or `immediate_exit`, EINVAL with KVM_EXIT_FAIL_ENTRY
+    when EL2 does not run the vCPU, and what memory or EL2 refused.
+    """
+    if not vcpu.initialised:
+        raise OSError(errno.ENOEXEC, f"vCPU {vcpu.id} has had no KVM_ARM_VCPU_INIT")
+    vm = vcpu.vm
+    vm.ran = True
+    _check_role(vcpu)
+    if vcpu.mmio is not None:
+        exits.complete_mmio(vcpu, vcpu.mmio)
+    run = vcpu.run
+    if run[Run.IMMEDIATE_EXIT]:
+        vcpu.exit_with(ExitReason.INTR)
+        raise OSError(errno.EINTR, "immediate_exit is set")
+    vcpu.exit_with(ExitReason.UNKNOWN)
+    sched = vm.host.sched
+    runner = vcpu.runner
+    sched.begin(runner)
+    try:
+        _loop(vcpu)
+    except KickedError:
+        vcpu.exit_with(ExitReason.INTR)
+        raise OSError(errno.EINTR, "KVM_RUN was interrupted") from None
+    finally:
+        sched.end(runner, keep_turn=vcpu.mmio is not None)
+
+
+def _loop(vcpu: Vcpu) -> None:
+    """Run the guest until an exit is for the VMM. Raises KickedError, OSError."""
+    vm = vcpu.vm
+    host = vm.host
+    sched = host.sched
+    runner = vcpu.runner
+    door = host.el2.door
+    while True:
+        if runner.kicked:
+            raise KickedError
+        if vcpu.mp_state == MpState.STOPPED:
+            sched.sleep(runner)
+            continue
+        if not sched.has_turn(runner):
+            sched.take_turn(runner)
+            continue
+        if host.loaded is not vcpu:
+            _load(vcpu)
+        if sched.enter_guest(runner):
+            if vm.primary is None and vm.protected:
+                vm.primary = vcpu
+            try:
+                _, code = door(_VCPU_RUN)
+            finally:
+                sched.leave_guest()
+            if code & _SIGN:
+                raise _refused(vcpu, code)
+            vcpu.flags = 0
+            if exits.handle(vcpu, code):
+                return
+        sched.breathe(runner)
+
+
+def _load(vcpu: Vcpu) -> None:
+    """Make the vCPU known to EL2 if it is not, and load it. Raises OSError."""
+    vm = vcpu.vm
+    if not vm.at_el2:
+        vm.init_at_el2(protected=False, created_vcpus=len(vm.vcpus))
+    if not vcpu.at_el2:
+        vm.init_vcpus_at_el2()
+    if not vcpu.at_el2:
+        vm.init_vcpu_at_el2(vcpu)
+    _check_role(vcpu)
+    vm.host.load(vcpu)
+
+
+def _check_role(vcpu: Vcpu) -> None:
+    """A secondary vCPU of a protected VM must wait for the guest's CPU_ON (RFC 7.26.1)."""
+    vm = vcpu.vm
+    if vm.primary is None or vm.primary is vcpu or vcpu.power_off:
+        return
+    raise OSError(
+        errno.EPERM,
+        f"vCPU {vcpu.id} is a secondary of a protected VM and has no KVM_ARM_VCPU_POWER_OFF",
+    )
+
+
+def _refused(vcpu: Vcpu, code: int) -> OSError:
+    number = _WRAP - code if code > 0 else -code
+    return OSError(number, f"EL2 does not run vCPU {vcpu.id}: {errno.errorcode.get(number)}")

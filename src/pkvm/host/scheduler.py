@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who may be in the kernel, and whose vCPU has the CPU.
+
+There is one physical CPU. Threads of the VMM enter the kernel one at a time
+(`enter`, `leave`: a fair lock, first come, first served), and guest code runs
+with that lock held, because it runs on that CPU. Which vCPU runs is a matter
+of *turns*, round robin among the vCPUs that are in KVM_RUN:
+
+* A turn ends when the vCPU waits (WFI, powered off), when its slice is over and
+  another vCPU waits for the CPU, or when KVM_RUN returns. A return for MMIO
+  keeps the turn (the *baton*): the VMM answers and comes back at once.
+* With the real clock a thread that wants the kernel interrupts the guest at
+  once, and a vCPU that wants a turn interrupts it when the slice is over. A
+  baton is good until the slice ends.
+* With the virtual clock nothing but a kick interrupts a guest; a slice ends
+  after a number of translated blocks, so that the order of turns depends on
+  virtual time alone. A baton is good until its vCPU is run again, is closed,
+  ends with another exit, or its thread runs another vCPU or dies. A vCPU that
+  is woken takes its place in the queue there and then; if its thread is not in
+  KVM_RUN yet, the queue waits for it for `grace_s` seconds of real time.
+
+Consequence, with the virtual clock: a VMM thread that answers an MMIO exit must
+not wait for another vCPU to make progress.
+
+Two locks: `_mutex` for the fields below, held for moments; the kernel lock,
+which is handed from thread to thread and taken before `_mutex`, never inside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pkvm.host.ports import Clock
+
+REAL_SLICE_NS = 5_000_000
+"""How long a vCPU keeps the CPU when others wait for it, with the real clock."""
+SLICE_BLOCKS = 1 << 18
+"""The same with the virtual clock, in translated blocks."""
+GRACE_S = 2.0
+_POLL_S = 0.05
+"""How often a thread that waits for an absent vCPU looks whether it may stop waiting."""
+
+
+class BlockCounter(NamedTuple):
+    """A CPU that counts the translated blocks of guest code it executes."""
+
+    blocks: Callable[[], int]
+    """So many so far."""
+    set_slice: Callable[[int | None], None]
+    """End the next run after so many more."""
+
+
+class KickedError(Exception):
+    """The wait or the run was ended by a kick."""
+
+
+class Runner:
+    """A vCPU as the scheduler knows it."""
+
+    __slots__ = ("asleep", "awaited_until", "in_run", "kicked", "thread")
+
+    def __init__(self) -> None:
+        self.in_run = False
+        """Whether a KVM_RUN is under way."""
+        self.kicked = False
+        self.asleep = False
+        """Waits for `wake`."""
+        self.thread: threading.Thread | None = None
+        """Who brought the baton to user space."""
+        self.awaited_until = 0.0
+        """Until when an absent vCPU without a thread is awaited (time.monotonic)."""
+
+
+class Scheduler:
+    """The kernel lock and the turns; see the module's text.
+
+    `interrupt` interrupts the CPU from any thread; `counter` is needed with the virtual clock.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        interrupt: Callable[[], None],
+        counter: BlockCounter | None = None,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        self._virtual = clock.virtual
+        self._interrupt = interrupt
+        if self._virtual and counter is None:
+            raise ValueError("the virtual clock needs a CPU that counts blocks")
+        self._set_slice = counter.set_slice if counter else _no_slice
+        self._now = counter.blocks if counter and self._virtual else clock.now_ns
+        """In the unit of `_slice_end`."""
+        self._slice = SLICE_BLOCKS if self._virtual else REAL_SLICE_NS
+        self._grace_s = grace_s
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)
+        self._held = False
+        self._waiting: deque[threading.Lock] = deque()
+        """Threads that wait for the kernel lock, each at a gate of its own."""
+        self._turn: Runner | None = None
+        self._slice_end = 0
+        """When the turn's slice is over: nanoseconds of the real clock, or blocks."""
+        self._queue: deque[Runner] = deque()
+        self._guest: Runner | None = None
+        """The vCPU whose code the CPU executes now."""
+
+    # The kernel lock
+
+    def enter(self) -> None:
+        """Take the kernel lock."""
+        with self._mutex:
+            if not self._held:
+                self._held = True
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
+        try:
+            if self._guest is not None and not self._virtual:
+                self._interrupt()
+            gate.acquire()
+        except BaseException:
+            self._give_up(gate)
+            raise
+
+    def leave(self) -> None:
+        """Release the kernel lock: hand it to the thread that has waited longest."""
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._held = False
+
+    def _give_up(self, gate: threading.Lock) -> None:
+        """A signal handler raised in `enter`: leave the queue, or pass on what was just given."""
+        with self._mutex:
+            if gate in self._waiting:
+                self._waiting.remove(gate)
+                return
+        self.leave()
+
+    # KVM_RUN
+
+    def begin(self, runner: Runner) -> None:
+        """A KVM_RUN of `runner` starts; the kernel lock is held."""
+        with self._mutex:
+            runner.kicked = False
+            runner.in_run = True
+            turn = self._turn
+            carrier = turn.thread if turn is not None and turn is not runner else None
+            if carrier is not None and carrier is threading.current_thread():
+                self._pass_turn()
+            runner.thread = None
+
+    def end(self, runner: Runner, *, keep_turn: bool) -> None:
+        """The KVM_RUN ends; `keep_turn` if the VMM will come back with an answer."""
+        with self._mutex:
+            runner.in_run = False
+            runner.asleep = False
+            if self._turn is not runner:
+                self._drop(runner)
+            elif keep_turn:
+                runner.thread = threading.current_thread()
+            else:
+                self._pass_turn()
+
+    def forget(self, runner: Runner) -> None:
+        """The vCPU was closed: a KVM_RUN under way is kicked, a turn that it keeps is lost."""
+        with self._mutex:
+            if runner.in_run:
+                self.kick(runner)
+            elif self._turn is runner:
+                self._pass_turn()
+            else:
+                self._drop(runner)
+
+    def kick(self, runner: Runner) -> None:
+        """End a KVM_RUN of `runner` that is under way. From any thread, without the kernel lock."""
+        with self._mutex:
+            if runner.in_run:
+                runner.kicked = True
+                self._changed.notify_all()
+            if self._guest is runner:
+                self._interrupt()
+
+    def enter_guest(self, runner: Runner) -> bool:
+        """The CPU is about to run `runner`'s code. False if something is to be done first.
+
+        Whoever wants something sets its flag and then looks at `_guest`; here it is the other way
+        round, so that one of the two always sees the other.
+        """
+        self._guest = runner
+        if runner.kicked or self._waiting:
+            self._guest = None
+            return False
+        if self._virtual:
+            self._set_slice(max(1, self._slice_end - self._now()))
+        return True
+
+    def leave_guest(self) -> None:
+        """The CPU is back in the host."""
+        self._guest = None
+
+    def has_turn(self, runner: Runner) -> bool:
+        """Whether the turn is `runner`'s, whose KVM_RUN is under way."""
+        return self._turn is runner
+
+    def take_turn(self, runner: Runner) -> None:
+        """Wait until it is `runner`'s turn. Called and left with the kernel lock held, which is
+        released meanwhile. Raises KickedError."""
+        with self._mutex:
+            if self._turn is None and not self._queue:
+                self._start_turn(runner)
+                return
+            if runner is not self._turn and runner not in self._queue:
+                self._queue.append(runner)
+        self.leave()
+        try:
+            with self._mutex:
+                self._await_turn(runner)
+        finally:
+            self.enter()
+
+    def sleep(self, runner: Runner) -> None:
+        """Give the turn away and wait for `wake`. Called and left with the kernel lock held, which
+        is released meanwhile. Raises KickedError."""
+        with self._mutex:
+            runner.asleep = True
+            if self._turn is runner:
+                self._pass_turn()
+            else:
+                self._drop(runner)
+        self.leave()
+        try:
+            with self._mutex:
+                while runner.asleep:
+                    if runner.kicked:
+                        raise KickedError
+                    self._changed.wait()
+        finally:
+            self.enter()
+
+    def wake(self, runner: Runner) -> None:
+        """End `runner`'s sleep; it waits for its turn from now on. Called with the kernel lock."""
+        with self._mutex:
+            runner.asleep = False
+            known = self._turn is runner or runner in self._queue
+            if not known and (runner.in_run or self._virtual):
+                self._queue.append(runner)
+                if self._turn is None:
+                    self._pass_turn()
+            self._changed.notify_all()
+
+    def yield_turn(self, runner: Runner) -> None:
+        """End `runner`'s slice: `breathe` passes the turn on if another vCPU waits."""
+        if self._turn is runner:
+            self._slice_end = self._now()
+
+    def breathe(self, runner: Runner) -> None:
+        """Between two entries to the guest: let threads in that wait for the kernel, and pass the
+        turn on if the slice is over. Called and left with the kernel lock held."""
+        if self._waiting:
+            self.leave()
+            self.enter()
+        if self._turn is runner and self._now() >= self._slice_end:
+            with self._mutex:
+                if self._queue:
+                    self._queue.append(runner)
+                    self._pass_turn()
+                else:
+                    self._start_turn(runner)
+
+    # Turns: everything below is called with `_mutex` held
+
+    def _start_turn(self, runner: Runner) -> None:
+        self._turn = runner
+        self._slice_end = self._now() + self._slice
+        runner.awaited_until = time.monotonic() + self._grace_s
+
+    def _pass_turn(self) -> None:
+        """End the turn; the longest-waiting vCPU is next."""
+        if self._turn is not None:
+            self._turn.thread = None
+            self._turn = None
+        if self._queue:
+            self._start_turn(self._queue.popleft())
+            self._changed.notify_all()
+
+    def _drop(self, runner: Runner) -> None:
+        if runner in self._queue:
+            self._queue.remove(runner)
+
+    def _await_turn(self, runner: Runner) -> None:
+        while self._turn is not runner:
+            if runner.kicked:
+                self._drop(runner)
+                raise KickedError
+            holder = self._turn
+            if holder is None or self._may_lose_turn(holder):
+                self._pass_turn()
+                continue
+            self._changed.wait(self._patience(holder))
+
+    def _may_lose_turn(self, holder: Runner) -> bool:
+        """Whether a vCPU that has the turn and is not in the kernel has had it long enough."""
+        if holder.in_run:
+            return False
+        if not self._virtual:
+            return self._now() >= self._slice_end
+        if holder.thread is not None:
+            return not holder.thread.is_alive()
+        return time.monotonic() >= holder.awaited_until
+
+    def _patience(self, holder: Runner) -> float:
+        """Seconds to wait for `holder` before looking again; interrupts its slice if it is over."""
+        if self._virtual:
+            return _POLL_S
+        rest = self._slice_end - self._now()
+        if rest > 0:
+            return rest / 1e9
+        if self._guest is holder:
+            self._interrupt()
+        return REAL_SLICE_NS / 1e9
+
+
+def _no_slice(blocks: int | None) -> None:
+    """Without the virtual clock nothing is asked of a block counter."""

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A vCPU of the host: the page it shares with EL2, its kvm_run, KVM_ARM_VCPU_INIT, MP states.
+
+What the host knows of registers stands in one page (`hyp.abi.HostVcpu`). For a
+protected vCPU that has run it is not the guest's state: EL2 keeps that.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from pkvm.arm64.registers import PSTATE_RESET, SCTLR_EL1, SCTLR_EL1_RESET
+from pkvm.host.ports import PAGE_SIZE
+from pkvm.host.scheduler import Runner
+from pkvm.hyp.abi import CONTEXT_SYSREGS, HostCall, HostVcpu, VcpuFlag
+from pkvm.uapi.kvm import TARGET_GENERIC_V8, VCPU_INIT, VCPU_MMAP_SIZE, MpState, Run, VcpuFeature
+
+if TYPE_CHECKING:
+    from pkvm.host.vm import Vm
+
+_WORD = struct.Struct("<Q")
+_EXIT_REASON = struct.Struct("<I")
+SCTLR_OFFSET = HostVcpu.SYSREGS + 8 * CONTEXT_SYSREGS.index(SCTLR_EL1)
+_POWER_OFF = 1 << VcpuFeature.POWER_OFF
+_SUPPORTED = _POWER_OFF | 1 << VcpuFeature.PSCI_0_2
+_KNOWN = (1 << len(VcpuFeature)) - 1
+
+
+class PendingMmio(NamedTuple):
+    """An MMIO exit that the VMM has not answered yet."""
+
+    size: int
+    is_write: bool
+    big_endian: bool
+
+
+class Vcpu:
+    """A vCPU; `index` is its place in the VM, `id` what the VMM called it (the guest's MPIDR)."""
+
+    def __init__(self, vm: Vm, vcpu_id: int, index: int) -> None:
+        self.vm = vm
+        self.id = vcpu_id
+        self.index = index
+        self.page = vm.host.pages.alloc(1)
+        """PA of the page that is shared with EL2 once `at_el2`."""
+        self.run = bytearray(VCPU_MMAP_SIZE)
+        """struct kvm_run and the page after it: what the VMM maps."""
+        self.runner = Runner()
+        self.mutex = threading.Lock()
+        """Linux's vcpu->mutex: every ioctl of the vCPU fd holds it, KVM_RUN all the time. Taken
+        before the kernel lock."""
+        self.references = 1
+        """The descriptor, mappings of kvm_run, and a KVM_RUN under way."""
+        self.closed = False
+        """No descriptor names it any more."""
+        self.initialised = False
+        self.features: int | None = None
+        """Features of the first KVM_ARM_VCPU_INIT but POWER_OFF; later ones must be the same."""
+        self.power_off = False
+        """Whether the last KVM_ARM_VCPU_INIT had POWER_OFF."""
+        self.mp_state = MpState.RUNNABLE
+        self.at_el2 = False
+        self.flags = 0
+        """The page's FLAGS word (`hyp.abi.VcpuFlag`), which EL2 consumes at the next entry."""
+        self.mmio: PendingMmio | None = None
+
+    def init(self, argument: bytes) -> None:
+        """KVM_ARM_VCPU_INIT (KVM API 4.82) with a struct kvm_vcpu_init.
+
+        Raises EINVAL for another target, a feature that is not offered or not those of the first
+        call; ENOENT for an unknown feature.
+        """
+        target, *words = VCPU_INIT.unpack(argument)
+        if target != TARGET_GENERIC_V8:
+            raise OSError(errno.EINVAL, f"target {target}: ask KVM_ARM_PREFERRED_TARGET")
+        if any(words[1:]) or words[0] & ~_KNOWN:
+            raise OSError(errno.ENOENT, f"unknown vCPU feature in {[hex(word) for word in words]}")
+        refused = [item.name for item in VcpuFeature if words[0] & ~_SUPPORTED & 1 << item]
+        if refused:
+            raise OSError(errno.EINVAL, f"vCPU feature {', '.join(refused)} is not offered")
+        features = words[0] & ~_POWER_OFF
+        if self.features is not None and features != self.features:
+            raise OSError(errno.EINVAL, "KVM_ARM_VCPU_INIT again must name the same features")
+        self.features = features
+        self.power_off = bool(words[0] & _POWER_OFF)
+        self.mp_state = MpState.STOPPED if self.power_off else MpState.RUNNABLE
+        self.reset()
+        self.initialised = True
+
+    def reset(self, pc: int = 0, x0: int = 0, sctlr_bits: int = 0) -> None:
+        """Put the reset state of facts §6.1 into the page, with PC, X0 and further SCTLR_EL1 bits
+        as a PSCI CPU_ON asks."""
+        page = bytearray(PAGE_SIZE)
+        features = (self.features or 0) | (_POWER_OFF if self.power_off else 0)
+        for offset, value in (
+            (HostVcpu.X, x0),
+            (HostVcpu.PC, pc),
+            (HostVcpu.PSTATE, PSTATE_RESET),
+            (HostVcpu.VCPU_ID, self.id),
+            (HostVcpu.VCPU_IDX, self.index),
+            (HostVcpu.FEATURES, features),
+            (HostVcpu.MP_STATE, self.mp_state),
+            (SCTLR_OFFSET, SCTLR_EL1_RESET | sctlr_bits),
+        ):
+            _WORD.pack_into(page, offset, value)
+        self.vm.host.bus.write(self.page, page)
+        self.mmio = None
+        self.flags = 0
+        self.mark_dirty()
+
+    def tell(self, flag: int) -> None:
+        """Set a bit of `hyp.abi.VcpuFlag` for EL2's next entry."""
+        self.flags |= flag
+        self.set_word(HostVcpu.FLAGS, self.flags)
+
+    def mark_dirty(self) -> None:
+        """The page holds registers of a non-protected vCPU that EL2 does not have."""
+        if not self.vm.protected and not self.flags & VcpuFlag.DIRTY:
+            self.tell(VcpuFlag.DIRTY)
+
+    def forget_dirty(self) -> None:
+        """The VM became protected: EL2 takes from the page what the RFC lets it, nothing else."""
+        if self.flags:
+            self.flags = 0
+            self.set_word(HostVcpu.FLAGS, 0)
+
+    def sync(self) -> None:
+        """Bring the page up to date with EL2, for a non-protected vCPU that is loaded. While the
+        page is dirty it is EL2 that lags behind."""
+        clean = not self.vm.protected and not self.flags & VcpuFlag.DIRTY
+        if clean and self.vm.host.loaded is self:
+            self.vm.host.el2.call(HostCall.VCPU_SYNC_STATE)
+
+    def exit_with(self, reason: int) -> None:
+        """Set kvm_run.exit_reason."""
+        _EXIT_REASON.pack_into(self.run, Run.EXIT_REASON, reason)
+
+    def word(self, offset: int) -> int:
+        """A 64-bit word of the page."""
+        return self.vm.host.bus.read_u64(self.page + offset)
+
+    def set_word(self, offset: int, value: int) -> None:
+        """Write a 64-bit word of the page."""
+        self.vm.host.bus.write_u64(self.page + offset, value)
+
+    def get(self) -> None:
+        """One more reference."""
+        self.references += 1
+
+    def put(self) -> None:
+        """One reference less; the last one drops the VM's."""
+        self.references -= 1
+        if not self.references:
+            self.vm.put()

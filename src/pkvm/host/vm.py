@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM of the host: slots, vCPUs, its counterpart at EL2, what it pins, how it goes.
+
+EL2 gives a handle when the VM is created (facts §2.1: at most 255, then
+ENOMEM). The VM itself comes into being at EL2 when it is made protected, or
+with the first KVM_RUN of a non-protected one. Whatever was given to EL2 for it
+is remembered here until EL2 gives it back.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import NamedTuple
+
+from pkvm.host.host import IPA_BITS, Host
+from pkvm.host.memslots import Change, MemSlots
+from pkvm.host.pages import PageRun
+from pkvm.host.ports import PAGE_SHIFT
+from pkvm.host.vcpu import Vcpu
+from pkvm.hyp.abi import MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostCall, HostVcpu, HostVm
+
+
+class Sharing(NamedTuple):
+    """Host pages that a non-protected guest shares: one leaf of its stage-2."""
+
+    npages: int
+    run: PageRun
+
+
+class Vm:
+    """struct kvm. The kernel lock covers everything."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.handle = host.el2.call(HostCall.RESERVE_VM)
+        """EL2's handle; 0 when EL2 has none for this VM (after a failed ENABLE)."""
+        try:
+            self.page = host.pages.alloc(1)
+        except OSError:
+            host.el2.call(HostCall.UNRESERVE_VM, self.handle)
+            raise
+        """PA of the page that is shared with EL2 once `at_el2`."""
+        self.slots = MemSlots(IPA_BITS)
+        self.vcpus: dict[int, Vcpu] = {}
+        """By vCPU id, in the order of their index."""
+        self.protected = False
+        self.ran = False
+        """Whether a KVM_RUN was issued on an initialised vCPU."""
+        self.at_el2 = False
+        self.primary: Vcpu | None = None
+        """The first vCPU of a protected VM that entered the guest."""
+        self.shared: dict[int, Sharing] = {}
+        """Non-protected: gfn -> the mapping in the guest's stage-2 that starts there."""
+        self._donated: set[int] = set()
+        """PAs of the pages that EL2 keeps for this VM."""
+        self._pins: dict[PageRun, int] = {}
+        """Runs of user pages that the guest has, with the number of reasons."""
+        self._lost: set[int] = set()
+        """PAs of shared pages that EL2 did not let go."""
+        self._users = 1
+        host.vms.add(self)
+
+    def get(self) -> None:
+        """One more user: a vCPU's descriptor."""
+        self._users += 1
+
+    def put(self) -> None:
+        """One user less; with the last one the VM goes."""
+        self._users -= 1
+        if not self._users:
+            self.destroy()
+
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU (KVM API 4.7). Raises EINVAL for an id out of range, EEXIST, ENOMEM."""
+        if not 0 <= vcpu_id < MAX_VCPUS:
+            raise OSError(errno.EINVAL, f"vCPU id {vcpu_id} is not below {MAX_VCPUS}")
+        if vcpu_id in self.vcpus:
+            raise OSError(errno.EEXIST, f"vCPU {vcpu_id} exists")
+        vcpu = Vcpu(self, vcpu_id, len(self.vcpus))
+        self.vcpus[vcpu_id] = vcpu
+        self.get()
+        return vcpu
+
+    def forget_vcpu(self, vcpu: Vcpu) -> None:
+        """Undo `create_vcpu` for the last vCPU, which got no descriptor."""
+        del self.vcpus[vcpu.id]
+        self.host.pages.free(vcpu.page)
+        self.put()
+
+    def set_memory_region(self, region: bytes) -> None:
+        """KVM_SET_USER_MEMORY_REGION (KVM API 4.35). Raises EPERM for a protected VM, whatever
+        the change (RFC 7.26.1); else as `MemSlots.plan`."""
+        if self.protected:
+            raise OSError(
+                errno.EPERM, "the memory slots of a protected VM can no longer be configured"
+            )
+        plan = self.slots.plan(region)
+        if plan.change in (Change.DELETE, Change.MOVE) and plan.old is not None:
+            self.unshare(plan.old.gfn, plan.old.npages)
+        self.slots.apply(plan)
+
+    def pin(self, run: PageRun) -> None:
+        """Keep a run of user pages alive, whatever becomes of its mapping."""
+        if run not in self._pins:
+            self._pins[run] = 0
+            run.get()
+        self._pins[run] += 1
+
+    def unpin(self, run: PageRun) -> None:
+        """Undo one `pin`."""
+        self._pins[run] -= 1
+        if not self._pins[run]:
+            del self._pins[run]
+            run.put()
+
+    def unshare(self, gfn: int, npages: int) -> None:
+        """Take back what a non-protected guest shares in [gfn, gfn+npages)."""
+        for first in [first for first in self.shared if gfn <= first < gfn + npages]:
+            sharing = self.shared[first]
+            self.host.el2.call(HostCall.HOST_UNSHARE_GUEST, self.handle, first, sharing.npages)
+            del self.shared[first]
+            self.unpin(sharing.run)
+
+    # EL2's counterpart
+
+    def init_at_el2(self, protected: bool, created_vcpus: int) -> None:
+        """INIT_VM. Raises OSError; nothing has changed then."""
+        host = self.host
+        el2 = host.el2
+        if not self.handle:
+            self.handle = el2.call(HostCall.RESERVE_VM)
+        el2.call(HostCall.HOST_SHARE_HYP, self.page >> PAGE_SHIFT)
+        areas: list[int] = []
+        try:
+            for offset, value in (
+                (HostVm.HANDLE, self.handle),
+                (HostVm.PROTECTED, int(protected)),
+                (HostVm.CREATED_VCPUS, created_vcpus),
+            ):
+                host.bus.write_u64(self.page + offset, value)
+            area = el2.alloc_area(VM_AREA_BYTES)
+            areas += area
+            root = el2.alloc_area(el2.call(HostCall.PGD_INFO))
+            areas += root
+            el2.call(HostCall.INIT_VM, self.page, area[0], root[0])
+        except OSError:
+            el2.free_all(areas)
+            self._unshare_page(self.page)
+            raise
+        self._donated.update(areas)
+        self.at_el2 = True
+
+    def init_vcpus_at_el2(self) -> None:
+        """INIT_VCPU for every vCPU that has been initialised, in the order of their index, so that
+        the guest may turn them on. Errors stay with the vCPU: its KVM_RUN meets them again."""
+        for vcpu in self.vcpus.values():
+            if vcpu.initialised and not vcpu.at_el2:
+                try:
+                    self.init_vcpu_at_el2(vcpu)
+                except OSError as error:
+                    self.host.say(f"vCPU {vcpu.id} cannot be made at EL2: {error.strerror}")
+
+    def init_vcpu_at_el2(self, vcpu: Vcpu) -> None:
+        """INIT_VCPU. Raises OSError; nothing has changed then."""
+        el2 = self.host.el2
+        vcpu.set_word(HostVcpu.MP_STATE, vcpu.mp_state)
+        el2.call(HostCall.HOST_SHARE_HYP, vcpu.page >> PAGE_SHIFT)
+        area: list[int] = []
+        try:
+            area = el2.alloc_area(VCPU_AREA_BYTES)
+            el2.call(HostCall.INIT_VCPU, self.handle, vcpu.page, area[0])
+        except OSError:
+            el2.free_all(area)
+            self._unshare_page(vcpu.page)
+            raise
+        self._donated.update(area)
+        vcpu.at_el2 = True
+
+    def topup(self, npages: int) -> None:
+        """Give EL2 `npages` pages for tables. Raises OSError."""
+        if npages > 0:
+            self._donated |= self.host.el2.topup(self.handle, npages)
+
+    def leave_el2(self) -> None:
+        """Tear the VM down at EL2 and free what comes back; every guest page is the host's again.
+
+        What EL2 does not give back is lost, with a message: nothing can be done about it.
+        """
+        host = self.host
+        if host.loaded is not None and host.loaded.vm is self:
+            host.put()
+        if not self.at_el2:
+            if self.handle:
+                host.el2.call(HostCall.UNRESERVE_VM, self.handle)
+                self.handle = 0
+            return
+        if not self.protected:
+            self.unshare(0, 1 << IPA_BITS - PAGE_SHIFT)
+        host.el2.call(HostCall.START_TEARDOWN_VM, self.handle)
+        for slot in self.slots if self.protected else ():
+            host.el2.call(HostCall.RECLAIM_DYING_GUEST_RANGE, self.handle, slot.gfn, slot.npages)
+        host.el2.call(HostCall.FINALIZE_TEARDOWN_VM, self.handle)
+        self.handle = 0
+        self.at_el2 = False
+        head = host.bus.read_u64(self.page + HostVm.TEARDOWN_HEAD)
+        nr = host.bus.read_u64(self.page + HostVm.TEARDOWN_NR)
+        host.el2.collect(head, nr, self._donated)
+        self._donated = set()
+        self._unshare_page(self.page)
+        for vcpu in self.vcpus.values():
+            if vcpu.at_el2:
+                vcpu.at_el2 = False
+                self._unshare_page(vcpu.page)
+
+    def destroy(self) -> None:
+        """The last user is gone: tear down at EL2, then free everything."""
+        host = self.host
+        host.vms.discard(self)
+        try:
+            self.leave_el2()
+        except OSError as error:
+            host.say(f"a VM's pages are lost: its teardown failed: {error.strerror}")
+            return
+        for run in list(self._pins):
+            run.put()
+        self._pins.clear()
+        for page in (self.page, *(vcpu.page for vcpu in self.vcpus.values())):
+            if page not in self._lost:
+                host.pages.free(page)
+
+    def _unshare_page(self, page: int) -> None:
+        """Take a page back that EL2 shared. If EL2 still holds it, it is never used again."""
+        call = HostCall.HOST_UNSHARE_HYP
+        if self.host.el2.try_call(call, page >> PAGE_SHIFT) < 0:
+            self.host.say(f"EL2 keeps the shared page at PA {page:#x}: lost")
+            self._lost.add(page)
