@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A machine, its EL2 and its host, put together: the one room with a door to both sides.
+
+The order is that of a boot: the machine; its boot firmware, which leaves a
+device tree and the guest firmware in memory; the host, early, which reads from
+the tree where that firmware is; EL2, which takes its carve-out and the firmware
+from the host and closes the door behind it; the host's KVM.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Literal, TypedDict, Unpack
+
+from pkvm.check.census import Census, census
+from pkvm.events import Message, Recorder
+from pkvm.firmware import image as firmware_image
+from pkvm.firmware.host_tree import host_device_tree
+from pkvm.host.firmware_node import FirmwareRegion, guest_firmware
+from pkvm.host.kernel import HostKernel
+from pkvm.hyp.hypervisor import Hypervisor
+from pkvm.hyp.mem_protect import carveout_bytes
+from pkvm.kvm import Kvm
+from pkvm.kvm.kernel import Kernel
+from pkvm.machine.dump import dump_stage2
+from pkvm.machine.machine import DMA_BASE, RAM_BASE, Machine
+from pkvm.machine.memory import PAGE_SIZE, BusError
+from pkvm.machine.stage2 import Stage2Context, Stage2Fault
+from pkvm.trace.counting import CountingRecorder
+
+DEFAULT_MEMORY = 256 << 20
+"""Bytes of RAM of the machine: what the host, its VMs and EL2 share."""
+
+
+class System:
+    """One whole machine: RAM, CPU, devices, EL2 and the host kernel.
+
+    `memory` is the machine's RAM in bytes, rounded up to 2 MiB. `protected`: the host boots in
+    protected mode (kvm-arm.mode=protected). `firmware` is the guest firmware image that the
+    host's boot firmware leaves in memory; None is the built-in one, b"" is none. `host_dtb` is
+    the host's device tree; None is one made for this machine. `clock` is "real", or "virtual":
+    time is counted in guest code and a run repeats exactly. `misalign` makes host memory that no
+    2 MiB block can map. Raises ValueError for a memory that is too small, FirmwareImageError,
+    MemoryError, and EngineError if the CPU engine cannot work here.
+    """
+
+    def __init__(
+        self,
+        memory: int = DEFAULT_MEMORY,
+        *,
+        protected: bool = True,
+        firmware: bytes | None = None,
+        host_dtb: bytes | None = None,
+        clock: Literal["real", "virtual"] = "real",
+        cpu_model: str = "cortex-a72",
+        recorder: Recorder | None = None,
+        misalign: bool = False,
+    ) -> None:
+        image = firmware_image.builtin() if firmware is None else firmware
+        if image:
+            firmware_image.check(image)
+        memory = -(-memory // (2 << 20)) * (2 << 20)
+        carveout = carveout_bytes(memory)
+        carveout_base = RAM_BASE + memory - carveout
+        region_bytes = firmware_image.region_bytes(image)
+        if memory < carveout + region_bytes + (4 << 20):
+            raise ValueError(
+                f"a machine of {memory >> 20} MiB is too small: EL2 takes {carveout >> 20} MiB"
+            )
+        self.recorder: Recorder = CountingRecorder() if recorder is None else recorder
+        self.protected = protected
+        self.machine = Machine(
+            memory, virtual_clock=clock == "virtual", cpu_model=cpu_model, recorder=self.recorder
+        )
+        if host_dtb is None:
+            node = (carveout_base - region_bytes, region_bytes) if image else None
+            host_dtb = host_device_tree(
+                (RAM_BASE, memory), node, (carveout_base, carveout) if protected else None
+            )
+        region = guest_firmware(host_dtb, protected, self._say)
+        if region is not None:
+            region = self._place_firmware(image, region, carveout_base)
+        self.hyp = Hypervisor(
+            self.machine,
+            self.recorder,
+            carveout=(carveout_base, carveout),
+            firmware=region,
+            protected=protected,
+        )
+        self.hyp.initialise()
+        counted = clock == "virtual"
+        self.host = HostKernel(
+            self.machine.host_bus,
+            self.hyp.host_call,
+            ram=_without(region, (RAM_BASE, carveout_base - RAM_BASE)),
+            bus_faults=(Stage2Fault, BusError),
+            clock=self.machine.clock,
+            recorder=self.recorder,
+            interrupt=self.machine.engine.interrupt,
+            counter=self.machine.engine if counted else None,
+            dma_base=DMA_BASE,
+            protected=protected,
+            firmware=region,
+            misalign=misalign,
+        )
+        self.kernel: Kernel = self.host
+        """The host, as a user of the system-call seam sees it."""
+
+    def open(self) -> Kvm:
+        """Open /dev/kvm on this system. Closing the `Kvm` leaves the system running."""
+        return Kvm(self.kernel)
+
+    def census(self) -> Census:
+        """Every page of RAM by owner and state."""
+        return census(self.hyp.memory, self.hyp.vms)
+
+    def tables(self) -> dict[str, Stage2Context]:
+        """The stage-2 trees in force by name: "host", "dma", and "guest 0x1000"... by handle."""
+        contexts = {}
+        for name, bus in (("host", self.machine.host_bus), ("dma", self.machine.dma_bus)):
+            if bus.context is not None:
+                contexts[name] = bus.context
+        for vm in self.hyp.vms:
+            contexts[f"guest {vm.handle:#x}"] = Stage2Context(vm.stage2.vttbr, vm.stage2.vtcr)
+        return contexts
+
+    def dump(self, table: str) -> str:
+        """The stage-2 tree of that name in words. Raises KeyError for a name that is not in
+        `tables`."""
+        return dump_stage2(self.machine.memory, self.tables()[table], table)
+
+    def close(self) -> None:
+        """Close every file descriptor, end every VM, free the engine. Idempotent."""
+        self.host.shutdown()
+        self.machine.close()
+
+    def __enter__(self) -> System:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _place_firmware(
+        self, image: bytes, region: FirmwareRegion, carveout_base: int
+    ) -> FirmwareRegion | None:
+        """The boot firmware's work: put `image` where the tree says. None, with a message, if the
+        region cannot hold it."""
+        memory = self.machine.memory
+        if not memory.is_ram(region.base, region.size) or (
+            region.base + region.size > carveout_base
+        ):
+            self._say("ignoring guest firmware: its memory is not RAM, or EL2 lies there")
+            return None
+        if len(image) > region.size:
+            self._say(
+                f"ignoring guest firmware: the image has {len(image)} bytes, its memory "
+                f"{region.size}"
+            )
+            return None
+        memory.write(region.base, image)
+        return region
+
+    def _say(self, text: str) -> None:
+        self.recorder.record(Message("host", text))
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `System`."""
+
+    memory: int
+    protected: bool
+    firmware: bytes | None
+    host_dtb: bytes | None
+    clock: Literal["real", "virtual"]
+    cpu_model: str
+    recorder: Recorder | None
+    misalign: bool
+
+
+def open(backend: str = "model", **options: Unpack[Options]) -> Kvm:
+    """Open KVM: on a machine of its own ("model"), or on a kernel's device ("/dev/kvm").
+
+    `options` are those of `System`; the machine ends when the returned `Kvm` is closed, and every
+    VM on it. Raises NotImplementedError for a device path: that back-end is not there yet.
+    """
+    if backend != "model":
+        raise NotImplementedError(
+            f'the back-end {backend!r} is not there yet; use the built-in machine ("model")'
+        )
+    system = System(**options)
+    return Kvm(system.kernel, on_close=system.close)
+
+
+def _without(region: FirmwareRegion | None, ram: tuple[int, int]) -> list[tuple[int, int]]:
+    """`ram` (base PA, bytes) without the firmware's region."""
+    if region is None:
+        return [ram]
+    base, size = ram
+    end = region.base + region.size
+    return [part for part in ((base, region.base - base), (end, base + size - end)) if part[1] > 0]
