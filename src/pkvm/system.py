@@ -24,7 +24,7 @@ from pkvm.kvm import Kvm
 from pkvm.kvm.kernel import Kernel
 from pkvm.machine.dump import dump_stage2
 from pkvm.machine.machine import DMA_BASE, RAM_BASE, Machine
-from pkvm.machine.memory import PAGE_SIZE, BusError
+from pkvm.machine.memory import BusError
 from pkvm.machine.stage2 import Stage2Context, Stage2Fault
 from pkvm.trace.counting import CountingRecorder
 

@@ -72,7 +72,7 @@ _FSC_WORDS = {
 }
 
 
-class Stage2Fault(Exception):  # noqa: N818 - a fault, as the Arm ARM calls it
+class Stage2Fault(Exception):
     """An access that stage 2 refused.
 
     `ipa` is the byte address refused, `fsc` the fault status code as ESR_EL2 has it, `level` the
