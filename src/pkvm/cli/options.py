@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Options that verbs share: the machine, the guest, and the files that they name."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pkvm.firmware import image as firmware_image
+from pkvm.vmm.board import FIRMWARE_BYTES, Board
+from pkvm.vmm.errors import LoadError
+from pkvm.vmm.loader import Image, load_image
+
+if TYPE_CHECKING:
+    from pkvm.events import Recorder
+    from pkvm.system import System
+
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+HOST_BYTES = 32 << 20
+"""What the machine has beside the guest's memory: the host's own pages and EL2's carve-out."""
+STEP_BYTES = 2 << 20
+FILE_LIMIT = 1 << 30
+"""Largest file that is read."""
+
+
+def size(text: str) -> int:
+    """Bytes: a number, with K, M, G or T for powers of 1024 ("64M")."""
+    match = re.fullmatch(r"(\d{1,20})([KMGT]?)(i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 64M")
+    return int(match[1]) << _UNITS[match[2].upper()]
+
+
+def seconds(text: str) -> float:
+    """A positive, finite number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+def backend(text: str) -> str:
+    """ "model"; a device path is not there yet."""
+    if text == "model":
+        return text
+    if text.startswith("/"):
+        raise argparse.ArgumentTypeError(
+            f"{text}: a real kernel cannot be driven yet; leave --backend out to use the model"
+        )
+    raise argparse.ArgumentTypeError(f"{text!r} is not a back-end: there is only 'model'")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """What kind of machine."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--backend", type=backend, default="model", metavar="NAME", help="model (the only one yet)"
+    )
+    group.add_argument(
+        "--firmware", metavar="FILE", help="guest firmware of the host, a flat binary of up to 2M"
+    )
+    group.add_argument(
+        "--host-dtb", metavar="FILE", help="device tree that the host's boot firmware hands over"
+    )
+    group.add_argument(
+        "--clock", choices=("real", "virtual"), default="real", help="the machine's clock"
+    )
+    group.add_argument(
+        "--virtual-clock",
+        dest="clock",
+        action="store_const",
+        const="virtual",
+        help="the same as --clock virtual: a run repeats exactly",
+    )
+
+
+def add_guest_options(parser: argparse.ArgumentParser) -> None:
+    """What kind of guest."""
+    parser.add_argument(
+        "image", nargs="?", metavar="IMAGE", help="flat AArch64 binary or ELF file (default: demo)"
+    )
+    group = parser.add_argument_group("guest")
+    group.add_argument(
+        "--memory", type=size, default=64 << 20, metavar="SIZE", help="RAM (default 64M)"
+    )
+    group.add_argument("--cpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 8")
+    group.add_argument("--append", default="", metavar="TEXT", help="kernel command line")
+    group.add_argument(
+        "--unprotected", action="store_true", help="run the same guest without protection"
+    )
+    group.add_argument(
+        "--timeout", type=seconds, metavar="S", help="stop the guest after S seconds"
+    )
+
+
+def read_file(path: str, what: str, limit: int = FILE_LIMIT) -> bytes:
+    """The bytes of a file. Raises OSError, LoadError if it has more than `limit` bytes."""
+    with Path(path).open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise LoadError(f"{path}: {what} of more than {limit} bytes cannot be used")
+    return data
+
+
+def board(args: argparse.Namespace) -> Board:
+    """The board asked for. Raises LoadError."""
+    return Board(args.memory, args.cpus, args.append)
+
+
+def image(args: argparse.Namespace, the_board: Board) -> Image:
+    """The payload: the file named, or the demonstration's. Raises LoadError, OSError."""
+    if args.image is not None:
+        try:
+            return load_image(read_file(args.image, "an image"), the_board)
+        except LoadError as error:
+            raise LoadError(f"{args.image}: {error}") from None
+    from pkvm import guests
+
+    return load_image(guests.image("sharing"), the_board)
+
+
+def firmware(args: argparse.Namespace) -> bytes:
+    """The guest firmware: the file named, or the one that ships. Raises LoadError, OSError,
+    FirmwareImageError."""
+    if args.firmware is None:
+        return firmware_image.builtin()
+    return firmware_image.check(read_file(args.firmware, "a firmware image", 2 * FIRMWARE_BYTES))
+
+
+def make_system(
+    args: argparse.Namespace, recorder: Recorder, guest_bytes: int, **options: Any
+) -> System:
+    """The machine with its EL2 and its host, large enough for a guest of `guest_bytes`. Raises
+    LoadError for what cannot be, OSError, EngineError, MemoryError."""
+    from pkvm.system import System
+
+    host_dtb = None
+    if args.host_dtb is not None:
+        host_dtb = read_file(args.host_dtb, "a device tree", 4 << 20)
+    total = guest_bytes + FIRMWARE_BYTES + HOST_BYTES + guest_bytes // 64
+    try:
+        return System(
+            memory=-(-total // STEP_BYTES) * STEP_BYTES,
+            host_dtb=host_dtb,
+            clock=args.clock,
+            recorder=recorder,
+            **options,
+        )
+    except ValueError as error:
+        raise LoadError(f"such a machine cannot be: {error}") from error

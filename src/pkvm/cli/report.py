@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What `pkvm run` says when the guest has ended: for people, and as one JSON object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pkvm.arm64.smccc import function_name
+from pkvm.cli import status
+from pkvm.events import GuestExit, GuestHypercall, GuestTrap
+from pkvm.trace.counting import CountingRecorder
+from pkvm.vmm.probes import KINDS, Probes
+from pkvm.vmm.vmm import Outcome, Vmm
+
+if TYPE_CHECKING:
+    from pkvm.check.census import Census
+
+DIALECT = "rfc"
+MAX_REFUSALS = 12
+"""Kinds of refusals that the text shows."""
+
+Paint = Callable[[str, str], str]
+
+_OWNERS = {"guest": "protected guest", "host": "host", "hyp": "EL2"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything that a run has left."""
+
+    vmm: Vmm
+    outcome: Outcome
+    seconds: float
+    console: str
+    pages: dict[str, Census]
+    """By moment: "shared", "unshared", "end"."""
+    counts: CountingRecorder
+    probes: Probes
+
+    @property
+    def status(self) -> int:
+        """The exit status. What got through to a protected guest comes before everything else;
+        where nothing is protected, how the guest ended does."""
+        got_through = self.probes.tried > self.probes.refused
+        if got_through and self.vmm.protected:
+            return status.GOT_THROUGH
+        if self.outcome.kind == "interrupted":
+            return status.INTERRUPTED
+        if self.outcome.kind == "timeout":
+            return status.TIMEOUT
+        if self.outcome.kind != "powered-off":
+            return status.FAILED
+        return status.GOT_THROUGH if got_through or self.probes.shared_trouble else status.OK
+
+
+def as_json(result: Result) -> str:
+    """One JSON object, on one line."""
+    import json
+
+    counts = result.counts
+    probes = result.probes
+    pages = {moment: _by_owner(census) for moment, census in result.pages.items()}
+    shared_tried = sum(tally.tried for tally in probes.shared.values())
+    shared_refused = sum(tally.refused for tally in probes.shared.values())
+    whole = {
+        "outcome": result.outcome.kind,
+        "detail": result.outcome.detail,
+        "dialect": DIALECT,
+        "protected": result.vmm.protected,
+        "console": result.console,
+        "pages": pages.get("end", {}),
+        "pages_by_moment": pages,
+        "exits": counts.counts(GuestExit),
+        "traps": counts.counts(GuestTrap),
+        "hypercalls": _hypercalls(counts),
+        "host_probes": {
+            "tried": probes.tried,
+            "refused": probes.refused,
+            "pages": probes.pages,
+            "moments": probes.moments,
+            "by_kind": {
+                kind: {"tried": tally.tried, "refused": tally.refused, "words": tally.words}
+                for kind, tally in probes.private.items()
+            },
+            "got_through": probes.got_through,
+            "shared": {
+                "tried": shared_tried,
+                "allowed": shared_tried - shared_refused,
+                "equal": not probes.shared_trouble if shared_tried else None,
+                "trouble": probes.shared_trouble,
+            },
+            "not_tried": probes.not_tried or None,
+        },
+        "refusals": [
+            {"op": op, "check": check, "times": counted.times, "why": counted.last.why}
+            for (op, check), counted in counts.refusal_counts().items()
+        ],
+        "messages": [f"{message.source}: {message.text}" for message in counts.messages()],
+        "notes": _notes(result),
+        "events": counts.totals(),
+        "seconds": round(result.seconds, 6),
+    }
+    return json.dumps(whole)
+
+
+def as_text(result: Result, paint: Paint) -> str:
+    """A short report, in words."""
+    good = result.outcome.kind == "powered-off"
+    kind = "protected VM" if result.vmm.protected else "non-protected VM"
+    lines = [
+        "",
+        f"{paint('How it ended', 'title')}: "
+        + paint(result.outcome.detail, "good" if good else "bad")
+        + f" after {result.seconds:.2f} s ({kind}, dialect {DIALECT})",
+        "",
+        *_page_lines(result.pages, paint),
+        "",
+        f"{paint('Exits to the host', 'title')}: {_list(result.counts.counts(GuestExit))}",
+        f"{paint('Served by EL2', 'title')}: {_list(result.counts.counts(GuestTrap))}",
+        f"{paint('Hypercalls of the guest', 'title')}: {_list(_hypercalls(result.counts))}",
+        "",
+        *_probe_lines(result.probes, protected=result.vmm.protected, paint=paint),
+    ]
+    refusals = sorted(result.counts.refusal_counts().items(), key=lambda item: -item[1].times)
+    if refusals:
+        lines += ["", paint("Refusals", "title")]
+        lines += [
+            f"  {counted.times:>6} x {op}: {counted.last.why}"
+            for (op, _), counted in refusals[:MAX_REFUSALS]
+        ]
+    notes = _notes(result)
+    if notes:
+        lines += ["", paint("Notes", "title"), *(f"  {note}" for note in notes)]
+    return "\n".join(lines)
+
+
+def _by_owner(census: Census) -> dict[str, dict[str, int]]:
+    return {"guest": census.guest, "host": census.host, "hyp": census.hyp}
+
+
+def _page_lines(pages: dict[str, Census], paint: Paint) -> list[str]:
+    head = "".join(f"{moment:>12}" for moment in pages)
+    lines = [paint(f"{'Pages by owner and state':<36}", "title") + head]
+    columns = [_by_owner(census) for census in pages.values()]
+    for owner, states in columns[-1].items() if columns else ():
+        for state in states:
+            counts = "".join(f"{column[owner][state]:>12}" for column in columns)
+            lines.append(f"  {_OWNERS[owner] + ', ' + state.replace('_', ' '):<34}{counts}")
+    return lines
+
+
+def _probe_lines(probes: Probes, *, protected: bool, paint: Paint) -> list[str]:
+    got_through = probes.tried - probes.refused
+    title = paint("The host's attempts on the guest's memory", "title")
+    lines = [
+        f"{title} ({probes.pages} pages; moments: {', '.join(probes.moments) or 'none'})",
+        f"{'':<34}{'tried':>12}{'refused':>12}{'shared:':>12}{'tried':>8}{'refused':>10}",
+    ]
+    for kind, name in KINDS.items():
+        private, shared = probes.private[kind], probes.shared[kind]
+        if private.tried or shared.tried:
+            lines.append(
+                f"  {name:<32}{private.tried:>12}{private.refused:>12}{'':>12}{shared.tried:>8}"
+                f"{shared.refused:>10}"
+            )
+    if got_through:
+        what = "private pages" if protected else "pages, as nothing protects them"
+        lines.append("  " + paint(f"{got_through} attempts got through to {what}", "bad"))
+        lines += [f"    {line}" for line in probes.got_through]
+    elif probes.tried:
+        lines.append("  " + paint("private pages: every attempt was refused", "good"))
+    if probes.shared_trouble:
+        lines.append("  " + paint("shared pages are not as the guest says", "bad"))
+        lines += [f"    {line}" for line in probes.shared_trouble]
+    elif any(tally.tried for tally in probes.shared.values()):
+        lines.append(
+            "  " + paint("shared pages: every attempt was allowed, with equal content", "good")
+        )
+    if probes.not_tried:
+        lines.append(f"  {probes.not_tried}")
+    return lines
+
+
+def _hypercalls(counts: CountingRecorder) -> dict[str, int]:
+    named: dict[str, int] = {}
+    for function, times in counts.counts(GuestHypercall).items():
+        name = function_name(int(function))
+        named[name] = named.get(name, 0) + times
+    return named
+
+
+def _notes(result: Result) -> list[str]:
+    notes = list(result.vmm.sharing.notes)
+    stray = result.vmm.stray_accesses
+    if stray:
+        notes.append(f"the guest made {stray} accesses to addresses without a device or memory")
+    return notes
+
+
+def _list(counts: dict[Any, int]) -> str:
+    if not counts:
+        return "none"
+    return f"{sum(counts.values())} ({', '.join(f'{k} {n}' for k, n in counts.items())})"

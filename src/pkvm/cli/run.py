@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`pkvm run`: a guest as a protected VM, the host's attempts on it, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pkvm.cli import options, terminal
+from pkvm.cli.report import Result, as_json, as_text
+from pkvm.trace.counting import CountingRecorder
+from pkvm.vmm.probes import Probes
+from pkvm.vmm.vmm import Moment, Vmm
+
+if TYPE_CHECKING:
+    from pkvm.check.census import Census
+    from pkvm.trace.jsonl import JsonLinesRecorder
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    options.add_guest_options(parser)
+    options.add_machine_options(parser)
+    group = parser.add_argument_group("what is tried and told")
+    group.add_argument(
+        "--probe-all",
+        action="store_true",
+        help="let the host try every page, not a sample (slow)",
+    )
+    group.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="draws the sample of pages (default 0)"
+    )
+    group.add_argument("--trace", metavar="FILE", help="write every event as a JSON line")
+    group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the guest and report; the exit status."""
+    board = options.board(args)
+    image = options.image(args, board)
+    firmware = options.firmware(args)
+    counting = CountingRecorder()
+    console = terminal.Console(show=not args.json)
+    probes = Probes(seed=args.seed, everything=args.probe_all)
+    pages: dict[str, Census] = {}
+
+    def observe(moment: Moment) -> None:
+        probes.attempt(vmm, moment)
+        pages[moment.value] = system.census()
+
+    with ExitStack() as stack:
+        trace = _open_trace(args.trace, counting, stack) if args.trace is not None else None
+        system = options.make_system(
+            args, counting if trace is None else trace, board.ram_bytes, firmware=firmware
+        )
+        stack.callback(system.close)
+        if trace is not None:
+            trace.now_ns = system.machine.clock.now_ns
+        vmm = Vmm(
+            stack.enter_context(system.open()),
+            board,
+            image,
+            protected=not args.unprotected,
+            firmware=firmware if args.unprotected else None,
+            console=console,
+            source=terminal.read_input,
+            observe=observe,
+        )
+        stack.enter_context(vmm)
+        started = time.perf_counter()
+        outcome = vmm.run(args.timeout)
+        seconds = time.perf_counter() - started
+    if trace is not None:
+        trace.finish()
+    result = Result(vmm, outcome, seconds, console.text, pages, counting, probes)
+    if args.json:
+        print(as_json(result))
+    else:
+        if console.inside_a_line:
+            print()
+        print(as_text(result, terminal.painter(sys.stdout)))
+    return result.status
+
+
+def _open_trace(path: str, tee: CountingRecorder, stack: ExitStack) -> JsonLinesRecorder:
+    # Imported here: only a trace needs json on the way in.
+    from pkvm.trace.jsonl import JsonLinesRecorder
+
+    return JsonLinesRecorder(stack.enter_context(Path(path).open("w", encoding="utf-8")), tee=tee)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The terminal: the guest's console goes out as it appears, what is typed goes in."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+COLOURS = {"good": "32", "bad": "31", "title": "1"}
+
+
+def painter(stream: TextIO) -> Callable[[str, str], str]:
+    """`paint(text, style)`: `text` in a colour of COLOURS where `stream` is a terminal and nobody
+    objects (NO_COLOR, TERM=dumb), else as it is."""
+    wanted = stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def paint(text: str, style: str) -> str:
+        return f"\x1b[{COLOURS[style]}m{text}\x1b[0m" if wanted else text
+
+    return paint
+
+
+class Console:
+    """Takes what the guest writes; with `show` it goes to stdout at once, byte by byte."""
+
+    def __init__(self, *, show: bool) -> None:
+        self._show = show
+        self._bytes = bytearray()
+
+    def __call__(self, data: bytes) -> None:
+        """Take some bytes."""
+        self._bytes += data
+        if self._show:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+
+    @property
+    def text(self) -> str:
+        """All of it; what is not UTF-8 shows as escapes."""
+        return self._bytes.decode(errors="backslashreplace")
+
+    @property
+    def inside_a_line(self) -> bool:
+        """Whether the last byte was not the end of a line."""
+        return bool(self._bytes) and not self._bytes.endswith(b"\n")
+
+
+def read_input() -> bytes:
+    """What stdin has now, without waiting; b"" if it has nothing or is closed."""
+    try:
+        if select.select([0], [], [], 0)[0]:
+            return os.read(0, 4096)
+    except OSError:
+        return b""
+    return b""
