@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Pages by owner and state: where all of RAM is (facts §11.3, P14)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pkvm.arm64.stage2 import SW_STATE_MASK, SW_STATE_SHIFT, PageState
+from pkvm.hyp.bulk import leaves
+from pkvm.hyp.mem_protect import GuestMemory, MemProtect
+from pkvm.hyp.vmemmap import (
+    GUEST_OWNED,
+    GUEST_SHARED_WITH_HOST,
+    HOST_OWNED,
+    HOST_SHARED_WITH_GUEST,
+    HOST_SHARED_WITH_HYP,
+    HYP_OWNED,
+)
+
+_WORDS = {
+    PageState.OWNED: "owned",
+    PageState.SHARED_OWNED: "shared_with_host",
+    PageState.SHARED_BORROWED: "borrowed_from_host",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Numbers of pages. `host`, `hyp` and `guest` share out all RAM; `vms` tells the guests'
+    leaves apart by handle, where a page lent to two VMs counts twice."""
+
+    total: int
+    host: dict[str, int]
+    """"owned", "shared_with_hyp", "shared_with_guest"."""
+    hyp: dict[str, int]
+    """"owned"."""
+    guest: dict[str, int]
+    """"owned", "shared_with_host": pages that protected guests own."""
+    vms: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By handle: "owned", "shared_with_host", "borrowed_from_host"."""
+
+
+def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
+    """Count every page of RAM. Takes EL2's lock."""
+    with mem.lock:
+        by_state = np.bincount(mem.vmemmap.states, minlength=256).tolist()
+        by_vm = {}
+        for vm in vms:
+            found = leaves(vm.stage2, 0, 1 << vm.stage2.ipa_bits - 12)
+            states = (found.entries & np.uint64(SW_STATE_MASK)) >> np.uint64(SW_STATE_SHIFT)
+            counts = np.bincount(states.astype(np.int64), weights=found.npages, minlength=3)
+            by_vm[vm.handle] = {word: int(counts[state]) for state, word in _WORDS.items()}
+        return Census(
+            total=mem.vmemmap.npages,
+            host={
+                "owned": by_state[HOST_OWNED],
+                "shared_with_hyp": by_state[HOST_SHARED_WITH_HYP],
+                "shared_with_guest": by_state[HOST_SHARED_WITH_GUEST],
+            },
+            hyp={"owned": by_state[HYP_OWNED]},
+            guest={
+                "owned": by_state[GUEST_OWNED],
+                "shared_with_host": by_state[GUEST_SHARED_WITH_HOST],
+            },
+            vms=by_vm,
+        )
