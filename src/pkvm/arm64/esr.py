@@ -14,6 +14,7 @@ class EC(IntEnum):
     UNKNOWN = 0x00
     WFX = 0x01
     FP_ASIMD = 0x07
+    PAUTH = 0x09
     ILLEGAL_STATE = 0x0E
     SVC64 = 0x15
     HVC64 = 0x16

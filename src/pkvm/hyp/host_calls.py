@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host's hypercalls (facts §9): numbers in, a number or a refusal out.
+
+`TABLE` has for each call its arity and its handler. Arguments are registers:
+missing ones are 0, more than the call has are not looked at, each has 64 bits.
+The table of vCPUs and VMs is locked during every call but the time in which
+VCPU_RUN runs the guest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pkvm.hyp.abi import HostCall
+from pkvm.hyp.donation import Donation
+from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.lifecycle import Lifecycle
+from pkvm.hyp.mem_protect import MemProtect
+from pkvm.hyp.run import PhysicalCpu
+from pkvm.hyp.vm import Vm, VmTable
+
+
+class Entry(NamedTuple):
+    """A host call: its name in the record, how many arguments it has, who serves it."""
+
+    name: str
+    arity: int
+    handler: Callable[..., int | None]
+    """Raises Refused; None is 0."""
+
+
+class HostCalls:
+    """The calls of one machine's host; `table` has them by number."""
+
+    def __init__(
+        self,
+        mem: MemProtect,
+        vms: VmTable,
+        cpu: PhysicalCpu,
+        life: Lifecycle,
+        donation: Donation,
+    ) -> None:
+        self._mem = mem
+        self._vms = vms
+        self._cpu = cpu
+        self._donation = donation
+        self.table: dict[int, Entry] = {
+            call: Entry(call.name, arity, handler)
+            for call, arity, handler in (
+                (HostCall.HOST_SHARE_HYP, 1, mem.host_share_hyp),
+                (HostCall.HOST_UNSHARE_HYP, 1, mem.host_unshare_hyp),
+                (HostCall.HOST_DONATE_GUEST, 3, self._donate_guest),
+                (HostCall.HOST_SHARE_GUEST, 4, self._share_guest),
+                (HostCall.HOST_UNSHARE_GUEST, 3, self._unshare_guest),
+                (HostCall.RESERVE_VM, 0, life.reserve_vm),
+                (HostCall.UNRESERVE_VM, 1, life.unreserve_vm),
+                (HostCall.INIT_VM, 3, life.init_vm),
+                (HostCall.INIT_VCPU, 3, life.init_vcpu),
+                (HostCall.RECLAIM_DYING_GUEST_PAGE, 2, life.reclaim_page),
+                (HostCall.START_TEARDOWN_VM, 1, life.start_teardown),
+                (HostCall.FINALIZE_TEARDOWN_VM, 1, life.finalize_teardown),
+                (HostCall.VCPU_LOAD, 3, cpu.load),
+                (HostCall.VCPU_PUT, 0, cpu.put),
+                (HostCall.VCPU_SYNC_STATE, 0, cpu.sync_state),
+                (HostCall.TOPUP_MEMCACHE, 3, self._topup_memcache),
+                (HostCall.SET_FIRMWARE, 3, self._set_firmware),
+                (HostCall.DONATE_GUEST_SGLIST, 3, self._donate_list),
+                (HostCall.RECLAIM_DYING_GUEST_RANGE, 3, life.reclaim_range),
+                (HostCall.PGD_INFO, 0, self._pgd_info),
+                (HostCall.FIRMWARE_INFO, 0, self._firmware_info),
+            )
+        }
+
+    def _donate_guest(self, pfn: int, gfn: int, nr: int) -> None:
+        self._donation.donate(self._cpu.loaded(protected=True).vm, pfn, gfn, nr)
+
+    def _share_guest(self, pfn: int, gfn: int, nr: int, prot: int) -> None:
+        self._mem.host_share_guest(self._cpu.loaded(protected=False).vm, pfn, gfn, nr, prot)
+
+    def _unshare_guest(self, handle: int, gfn: int, nr: int) -> None:
+        """The guest may be running: it must not while its table changes."""
+        with self._cpu.stop():
+            self._mem.host_unshare_guest(self._vm(handle, protected=False), gfn, nr)
+
+    def _topup_memcache(self, handle: int, head_pa: int, nr: int) -> int:
+        return self._alive(handle).memcache.topup(head_pa, nr)
+
+    def _set_firmware(self, handle: int, ipa: int, nbytes: int) -> None:
+        self._donation.set_firmware(self._alive(handle), ipa, nbytes)
+
+    def _donate_list(self, handle: int, list_pa: int, nr: int) -> None:
+        vm = self._vm(handle, protected=True)
+        self._check_alive(vm)
+        self._donation.donate_list(vm, list_pa, nr)
+
+    def _pgd_info(self) -> int:
+        return self._mem.pgd_bytes
+
+    def _firmware_info(self) -> int:
+        return self._donation.firmware_bytes
+
+    def _alive(self, handle: int) -> Vm:
+        vm = self._vms.get(handle)
+        self._check_alive(vm)
+        return vm
+
+    def _check_alive(self, vm: Vm) -> None:
+        if vm.dying:
+            raise Refused(Errno.ENOENT, "dying", "the VM is being torn down", vm=vm.handle)
+
+    def _vm(self, handle: int, *, protected: bool) -> Vm:
+        vm = self._vms.get(handle)
+        if vm.protected != protected:
+            kind = "protected" if vm.protected else "not protected"
+            raise Refused(Errno.EINVAL, "vm_kind", f"the VM is {kind}", vm=handle)
+        return vm

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`Hypervisor`: EL2 as a whole, with its three doors.
+
+* `host_call`, the host's HVC;
+* the host's stage-2 faults, which its bus brings to `MemProtect.host_abort`;
+* guests' exceptions, which the engine brings to `Vector.take`, inside VCPU_RUN.
+
+Each takes numbers. What EL2 refuses leaves every state as it was; the caller
+gets a negative errno, and the record the reason in words.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pkvm.arm64.bits import MASK64
+from pkvm.arm64.smccc import SVE_HINT
+from pkvm.events import HostHypercall, Recorder, Refusal
+from pkvm.hyp.abi import HOST_CALL_BASE, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS, HostCall
+from pkvm.hyp.donation import Donation
+from pkvm.hyp.errors import Refused
+from pkvm.hyp.exits import Exits
+from pkvm.hyp.guest_calls import GuestCalls
+from pkvm.hyp.host_calls import HostCalls
+from pkvm.hyp.host_memory import BusMaster
+from pkvm.hyp.lifecycle import Lifecycle
+from pkvm.hyp.mem_protect import MemProtect, Range
+from pkvm.hyp.nonprotected import NonProtected
+from pkvm.hyp.policy import RFC, Policy
+from pkvm.hyp.run import PhysicalCpu
+from pkvm.hyp.sysregs import SystemRegisters
+from pkvm.hyp.vector import Vector
+from pkvm.hyp.vm import Vm, VmTable
+from pkvm.machine.cpu.engine import CpuEngine
+from pkvm.machine.memory import PhysicalMemory
+
+
+class Hardware(Protocol):
+    """What EL2 needs of the machine; `pkvm.machine.machine.Machine` is one."""
+
+    memory: PhysicalMemory
+
+    @property
+    def engine(self) -> CpuEngine:
+        """The physical CPU."""
+        ...
+
+    @property
+    def host_bus(self) -> BusMaster:
+        """The host CPU's way to memory."""
+        ...
+
+    @property
+    def dma_bus(self) -> BusMaster:
+        """The devices' way to memory."""
+        ...
+
+
+class Hypervisor:
+    """EL2 of one machine.
+
+    `carveout` and `firmware` are (PA, bytes) of EL2's memory (`carveout_bytes` says how much) and
+    of the guest firmware's image, if the boot firmware left one. With `protected` False the host
+    keeps its reach of all memory, and no VM can be protected. Construct, `initialise`, then let
+    the host run. Raises ValueError for bad regions.
+    """
+
+    def __init__(
+        self,
+        machine: Hardware,
+        recorder: Recorder,
+        *,
+        carveout: Range,
+        firmware: Range | None = None,
+        protected: bool = True,
+        policy: Policy = RFC,
+    ) -> None:
+        engine = machine.engine
+        self._record = recorder.record
+        self.mem = MemProtect(
+            machine.memory,
+            host_bus=machine.host_bus,
+            dma_bus=machine.dma_bus,
+            guest_tlbi=self._guest_tlbi,
+            invalidate_code=engine.invalidate_code,
+            recorder=recorder,
+            carveout=carveout,
+            firmware=firmware,
+            protected=protected,
+        )
+        self.table = VmTable()
+        exits = Exits(engine, recorder)
+        nonprotected = NonProtected(engine, recorder)
+        calls = GuestCalls(engine, self.mem, exits, recorder, policy)
+        vector = Vector(engine, exits, nonprotected, calls, SystemRegisters(engine), recorder)
+        self.cpu = PhysicalCpu(engine, vector, exits, nonprotected, self.table, policy, recorder)
+        life = Lifecycle(self.mem, self.table, self.cpu, recorder)
+        donation = Donation(self.mem, engine, recorder)
+        self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation).table
+
+    def initialise(self) -> None:
+        """Take EL2's memory, and put the host and the devices behind stage-2."""
+        self.mem.initialise()
+        self.mem.finalise()
+
+    def vms(self) -> list[Vm]:
+        """Every VM that EL2 has, for those who check its state."""
+        with self.cpu.lock:
+            return self.table.vms()
+
+    def host_call(self, function_id: int, *args: int) -> tuple[int, int]:
+        """The host's HVC #0: X0 = `function_id` (HOST_CALL_BASE + n), arguments from X1 on.
+
+        Returns X0 and X1, signed: (0, value or minus errno), or (-1, 0) for a function that does
+        not exist. Takes any numbers; raises nothing for any of them. An exception is a bug of
+        EL2's.
+        """
+        number = (function_id & MASK64 & ~SVE_HINT) - HOST_CALL_BASE
+        if number == HostCall.VCPU_RUN:
+            return SMCCC_SUCCESS, self._vcpu_run()
+        entry = self._calls.get(number)
+        if entry is None:
+            why = f"function {function_id & MASK64:#x} does not exist"
+            self._record(Refusal("host_call", "function_id", 0, why))
+            return SMCCC_NOT_SUPPORTED, 0
+        numbers = [arg & MASK64 for arg in args[: entry.arity]]
+        numbers += [0] * (entry.arity - len(numbers))
+        try:
+            with self.cpu.lock:
+                result = entry.handler(*numbers) or 0
+        except Refused as refused:
+            result = self._refuse(entry.name, refused)
+        self._record(HostHypercall(entry.name, result))
+        return SMCCC_SUCCESS, result
+
+    def _vcpu_run(self) -> int:
+        name = HostCall.VCPU_RUN.name
+        try:
+            result = self.cpu.run()
+        except Refused as refused:
+            result = self._refuse(name, refused)
+        self._record(HostHypercall(name, result))
+        return result
+
+    def _refuse(self, name: str, refused: Refused) -> int:
+        """Announce a refusal; the host's X1."""
+        self._record(
+            Refusal(
+                name.lower(),
+                refused.check,
+                refused.errno,
+                refused.why,
+                refused.vm,
+                refused.pa,
+                refused.ipa,
+            )
+        )
+        return -refused.errno
+
+    def _guest_tlbi(self) -> None:
+        self.cpu.guest_tlbi()

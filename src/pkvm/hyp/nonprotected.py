@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Non-protected vCPUs: the host sees and sets everything (facts §5.3).
+
+The contract. Every exit but IRQ is TRAP: the host's page then holds the vCPU's
+whole state, ESR, FAR and HPFAR as the hardware gave them. After an IRQ exit the
+page is not current; VCPU_SYNC_STATE or VCPU_PUT makes it so. For the next entry
+the host sets in FLAGS:
+
+* DIRTY if it changed any register in the page: EL2 takes the whole page, which
+  must have been current (or is all the host's, as after a reset).
+* INCREMENT_PC: PC + 4, after that.
+* PENDING_EXCEPTION instead: UNDEFINED, or an external abort if the exit was one.
+
+The first entry starts from the reset state with X0-X30, SP_EL0, PC, PSTATE,
+SP_EL1, ELR_EL1 and SPSR_EL1 from the page; the rest of the page counts if DIRTY.
+"""
+
+from __future__ import annotations
+
+from pkvm.arm64.bits import MASK64
+from pkvm.arm64.esr import EC, EC_SHIFT, HPFAR_FIPA_MASK
+from pkvm.arm64.registers import (
+    PSTATE_DAIF,
+    PSTATE_DIT,
+    PSTATE_EL0T,
+    PSTATE_EL1H,
+    PSTATE_EL1T,
+    PSTATE_MODE_MASK,
+    PSTATE_NZCV,
+    PSTATE_PAN,
+)
+from pkvm.events import NO_ADDRESS, GuestExit, Recorder
+from pkvm.hyp import inject
+from pkvm.hyp.abi import CONTEXT_SYSREGS, HostVcpu, VcpuFlag
+from pkvm.hyp.exits import ESR, FAR, FLAGS, HPFAR, PSTATE, X0, ExitClass
+from pkvm.hyp.reset import reset
+from pkvm.hyp.vcpu import Vcpu
+from pkvm.machine.cpu.engine import CpuEngine
+
+_NR_X = 31
+_SP_EL0 = HostVcpu.SP_EL0 >> 3
+_PC = HostVcpu.PC >> 3
+_SP_EL1 = HostVcpu.SP_EL1 >> 3
+_ELR_EL1 = HostVcpu.ELR_EL1 >> 3
+_SPSR_EL1 = HostVcpu.SPSR_EL1 >> 3
+_SYSREGS = HostVcpu.SYSREGS >> 3
+_FP = HostVcpu.FP >> 3
+_FP_WORDS = 65
+_MODES = (PSTATE_EL0T, PSTATE_EL1T, PSTATE_EL1H)
+"""What PSTATE.M may be: never EL2 or AArch32."""
+_SSBS = 1 << 12
+_BTYPE = 3 << 10
+_UAO = 1 << 23
+_PSTATE_BITS = (
+    PSTATE_NZCV | PSTATE_DIT | _UAO | PSTATE_PAN | _SSBS | _BTYPE | PSTATE_DAIF | PSTATE_MODE_MASK
+)
+_SPSR_BITS = 0xFFFF_FFFF
+_ABORTS = (EC.IABT_LOW, EC.DABT_LOW)
+_REASONS: dict[int, str] = {
+    EC.WFX: "wfx",
+    EC.HVC64: "hvc",
+    EC.SMC64: "smc",
+    EC.SYS64: "sysreg",
+    EC.IABT_LOW: "iabt",
+    EC.DABT_LOW: "dabt",
+}
+
+
+class NonProtected:
+    """Entry to and exit from the non-protected vCPU whose context the engine holds."""
+
+    def __init__(self, engine: CpuEngine, recorder: Recorder) -> None:
+        self._engine = engine
+        self._record = recorder.record
+
+    def enter(self, vcpu: Vcpu) -> bool:
+        """Take what the host has for the vCPU. False if its PSTATE is not one of EL1 or EL0 in
+        AArch64 state; nothing has changed then."""
+        page = vcpu.page
+        flags = page[FLAGS]
+        engine = self._engine
+        dirty = flags & VcpuFlag.DIRTY
+        if dirty or not vcpu.started:
+            pstate = page[PSTATE] & _PSTATE_BITS
+            if pstate & PSTATE_MODE_MASK not in _MODES:
+                return False
+            if not vcpu.started:
+                reset(engine, vcpu)
+            self._take_general(vcpu, pstate)
+            if dirty:
+                self._take_rest(vcpu)
+        page[FLAGS] = 0
+        vcpu.page_is_current = 0
+        trapped = vcpu.exit_class == ExitClass.NONPROTECTED
+        vcpu.exit_class = ExitClass.IRQ
+        if flags & VcpuFlag.PENDING_EXCEPTION and trapped:
+            if vcpu.exit_esr >> EC_SHIFT in _ABORTS:
+                inject.external_abort(engine, vcpu.exit_esr, vcpu.exit_far)
+            else:
+                inject.undefined(engine)
+        elif flags & VcpuFlag.INCREMENT_PC:
+            engine.pc = (engine.pc + 4) & MASK64
+        return True
+
+    def exit_trap(self, vcpu: Vcpu, esr: int) -> None:
+        """Exit to the host with everything."""
+        engine = self._engine
+        page = vcpu.page
+        far, hpfar = engine.far_el2, engine.hpfar_el2
+        page[ESR] = esr
+        page[FAR] = far
+        page[HPFAR] = hpfar
+        vcpu.exit_class = ExitClass.NONPROTECTED
+        vcpu.exit_esr = esr
+        vcpu.exit_far = far
+        self.sync(vcpu)
+        ec = esr >> EC_SHIFT
+        ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if ec in _ABORTS else NO_ADDRESS
+        reason = _REASONS.get(ec, "trap")
+        self._record(GuestExit(vcpu.handle, vcpu.index, reason, esr, ipa))
+
+    def exit_irq(self, vcpu: Vcpu) -> None:
+        """Exit to the host for an interrupt: nothing is written."""
+        vcpu.exit_class = ExitClass.IRQ
+        self._record(GuestExit(vcpu.handle, vcpu.index, "irq", 0))
+
+    def sync(self, vcpu: Vcpu) -> None:
+        """Make the host's page current, if it is not."""
+        if vcpu.page_is_current:
+            return
+        engine = self._engine
+        page = vcpu.page
+        for number in range(_NR_X):
+            page[X0 + number] = engine.x[number]
+        page[_SP_EL0] = engine.sp(0)
+        page[_PC] = engine.pc
+        page[PSTATE] = engine.pstate
+        page[_SP_EL1] = engine.sp(1)
+        page[_ELR_EL1] = engine.elr_el1()
+        page[_SPSR_EL1] = engine.spsr_el1()
+        for number, register in enumerate(CONTEXT_SYSREGS):
+            page[_SYSREGS + number] = engine.read_sysreg(register)
+        page[_FP : _FP + _FP_WORDS] = memoryview(engine.fp_registers()).cast("Q")
+        vcpu.page_is_current = 1
+
+    def _take_general(self, vcpu: Vcpu, pstate: int) -> None:
+        engine = self._engine
+        page = vcpu.page
+        for number in range(_NR_X):
+            engine.x[number] = page[X0 + number]
+        engine.set_sp(0, page[_SP_EL0])
+        engine.set_sp(1, page[_SP_EL1])
+        engine.set_elr_el1(page[_ELR_EL1])
+        engine.set_spsr_el1(page[_SPSR_EL1] & _SPSR_BITS)
+        engine.pc = page[_PC]
+        engine.pstate = pstate
+
+    def _take_rest(self, vcpu: Vcpu) -> None:
+        """System registers, of which only those that changed are written (some writes flush the
+        TLB), and FP."""
+        engine = self._engine
+        page = vcpu.page
+        for number, register in enumerate(CONTEXT_SYSREGS):
+            value = page[_SYSREGS + number]
+            if value != engine.read_sysreg(register):
+                engine.write_sysreg(register, value)
+        engine.set_fp_registers(page[_FP : _FP + _FP_WORDS].tobytes())

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The physical CPU: which vCPU is loaded, whose context it holds, and running it (facts §5.2-5.4).
+
+At most one vCPU is *loaded*: the one that VCPU_RUN runs. The *resident* vCPU is
+the one whose context the engine holds; it stays there after VCPU_PUT, and only
+when another one is to run are its registers saved to its own donated area. A
+CPU's TLB has no VMIDs here, so every switch flushes it.
+
+The lock is EL2's: every host call holds it, but not while the guest runs. A
+host thread that calls meanwhile is another CPU of the host's, on which nothing
+is loaded. Whoever must be sure that a VM does not run uses `stop`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pkvm.arm64.psci import Affinity
+from pkvm.arm64.registers import HCR_EL2, MIDR_EL1, VTTBR_EL2
+from pkvm.events import Recorder, Refusal, VmLife
+from pkvm.hyp import reset
+from pkvm.hyp.abi import ExitCode
+from pkvm.hyp.errors import Errno, HypBug, Refused
+from pkvm.hyp.exits import Exits, exit_code
+from pkvm.hyp.nonprotected import NonProtected
+from pkvm.hyp.policy import Policy
+from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
+from pkvm.hyp.vcpu import CONTEXT_LIMIT, Vcpu
+from pkvm.hyp.vector import Vector
+from pkvm.hyp.vm import Vm, VmTable
+from pkvm.machine.cpu.engine import CpuEngine, StopReason
+
+
+class PhysicalCpu:
+    """Load, put, run. Raises HypBug if the engine's context does not fit a vCPU's area."""
+
+    def __init__(
+        self,
+        engine: CpuEngine,
+        vector: Vector,
+        exits: Exits,
+        nonprotected: NonProtected,
+        table: VmTable,
+        policy: Policy,
+        recorder: Recorder,
+    ) -> None:
+        if engine.context_bytes > CONTEXT_LIMIT:
+            raise HypBug(f"a context of {engine.context_bytes:#x} bytes does not fit a vCPU's area")
+        self.lock = threading.RLock()
+        self._stopped = threading.Condition(self.lock)
+        self._engine = engine
+        self._vector = vector
+        self._exits = exits
+        self._nonprotected = nonprotected
+        self._table = table
+        self._policy = policy
+        self._record = recorder.record
+        self._midr = engine.read_sysreg(MIDR_EL1)
+        self._loaded: Vcpu | None = None
+        self._resident: Vcpu | None = None
+        self._hcr = 0
+        """HCR_EL2 as last written."""
+        self._running = False
+        self._thread = 0
+        """Who runs the guest, while one runs."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether a guest runs in another thread than the caller's."""
+        return self._running and threading.get_ident() != self._thread
+
+    def loaded(self, protected: bool | None = None) -> Vcpu:
+        """The vCPU loaded on the caller's CPU. Raises Refused(EINVAL) if there is none, or if its
+        VM is not of the kind that is asked for."""
+        vcpu = None if self._running else self._loaded
+        if vcpu is None:
+            raise Refused(Errno.EINVAL, "loaded", "no vCPU is loaded on this CPU")
+        if protected is not None and vcpu.vm.protected != protected:
+            kind = "protected" if vcpu.vm.protected else "not protected"
+            raise Refused(Errno.EINVAL, "vm_kind", f"the VM is {kind}", vm=vcpu.handle)
+        return vcpu
+
+    def load(self, handle: int, index: int, hcr: int) -> None:
+        """VCPU_LOAD. What cannot be loaded is silently not: nothing is loaded then, which is
+        announced, but is no error to the host."""
+        vm = self._table.find(handle)
+        why = ""
+        if self._loaded is not None:
+            why = "a vCPU is loaded already"
+        elif vm is None or vm.dying:
+            why = "there is no such VM, or it dies"
+        elif index >= len(vm.vcpus) or vm.vcpus[index] is None:
+            why = f"the VM has no vCPU {index}"
+        if why:
+            self._record(Refusal("vcpu_load", "vcpu", 0, why, vm.handle if vm else 0))
+            return
+        assert vm is not None
+        vcpu = vm.vcpus[index]
+        assert vcpu is not None
+        vcpu.loaded = 1
+        vcpu.wait_traps = hcr & WAIT_TRAPS
+        vm.users += 1
+        self._loaded = vcpu
+
+    def put(self) -> None:
+        """VCPU_PUT: nothing is loaded. A non-protected vCPU's page is made current."""
+        vcpu = self._loaded
+        if vcpu is None or self._running:
+            return
+        if not vcpu.vm.protected:
+            self._sync(vcpu)
+        vcpu.loaded = 0
+        vcpu.vm.users -= 1
+        self._loaded = None
+
+    def sync_state(self) -> None:
+        """VCPU_SYNC_STATE. Raises Refused(EINVAL) unless a non-protected vCPU is loaded."""
+        self._sync(self.loaded(protected=False))
+
+    def run(self) -> int:
+        """VCPU_RUN: run the loaded vCPU until an exit for the host. Returns the exit code; raises
+        Refused(EINVAL) if none is loaded. Called without the lock."""
+        with self.lock:
+            vcpu = self.loaded()
+            if not self._enter(vcpu):
+                return ExitCode.ILLEGAL
+            self._running = True
+            self._thread = threading.get_ident()
+        try:
+            reason = self._engine.run()
+        finally:
+            with self.lock:
+                self._running = False
+                self._stopped.notify_all()
+        if reason is not StopReason.VECTOR:
+            self._vector.interrupted(vcpu)
+        return exit_code(vcpu)
+
+    @contextmanager
+    def stop(self) -> Iterator[None]:
+        """With the lock held, and nothing else of EL2's: no guest runs until the block is left."""
+        while self.is_elsewhere:
+            self._engine.interrupt()
+            self._stopped.wait(0.001)
+        yield
+
+    def forget(self, vm: Vm) -> None:
+        """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""
+        engine = self._engine
+        if self._resident is not None and self._resident.vm is vm:
+            self._resident = None
+            engine.reset_context()
+            engine.write_sysreg(VTTBR_EL2, 0)
+        if not self.is_elsewhere:
+            engine.flush_tlb()
+
+    def guest_tlbi(self) -> None:
+        """TLBI and DSB for guests. If a guest runs in another thread it is not the VM whose table
+        has changed (see `stop`), and its own entries came after the flush of the last switch."""
+        if not self.is_elsewhere:
+            self._engine.flush_tlb()
+
+    def _enter(self, vcpu: Vcpu) -> bool:
+        """Get everything ready for the guest. False if the vCPU cannot run: nothing has changed
+        then."""
+        if not vcpu.vm.protected:
+            return self._enter_nonprotected(vcpu)
+        start = None
+        if vcpu.unusable:
+            return self._cannot_run(vcpu, "unusable", "its last exit was illegal")
+        if vcpu.power == Affinity.ON_PENDING:
+            start = self._start_secondary
+        elif vcpu.power == Affinity.OFF:
+            if vcpu.vm.entered:
+                return self._cannot_run(vcpu, "power", "it is off: only the guest turns it on")
+            if not vcpu.vm.firmware_loaded:
+                return self._cannot_run(vcpu, "firmware", "the VM's firmware is not in place")
+            start = self._start_primary
+        self._switch_to(vcpu)
+        if start is not None:
+            start(vcpu)
+        else:
+            self._exits.accept(vcpu)
+        return True
+
+    def _enter_nonprotected(self, vcpu: Vcpu) -> bool:
+        self._switch_to(vcpu)
+        if not self._nonprotected.enter(vcpu):
+            return self._cannot_run(vcpu, "pstate", "its PSTATE is not of EL1 or EL0 in AArch64")
+        return True
+
+    def _cannot_run(self, vcpu: Vcpu, check: str, why: str) -> bool:
+        self._record(Refusal("vcpu_run", check, 0, f"vCPU {vcpu.index}: {why}", vcpu.handle))
+        return False
+
+    def _start_primary(self, vcpu: Vcpu) -> None:
+        reset.start_primary(self._engine, vcpu, self._policy)
+        self._record(VmLife("primary", vcpu.handle, vcpu.index))
+
+    def _start_secondary(self, vcpu: Vcpu) -> None:
+        reset.start_secondary(self._engine, vcpu)
+        self._record(VmLife("vcpu_started", vcpu.handle, vcpu.index))
+
+    def _switch_to(self, vcpu: Vcpu) -> None:
+        """Make `vcpu` resident, and program EL2's registers for it."""
+        engine = self._engine
+        hcr = hcr_of(vcpu)
+        if self._resident is vcpu:
+            if hcr != self._hcr:
+                engine.write_sysreg(HCR_EL2, hcr)
+                self._hcr = hcr
+            return
+        if self._resident is not None:
+            engine.save_context(self._resident.pa)
+        if vcpu.started:
+            engine.load_context(vcpu.pa)
+        else:
+            engine.reset_context()
+        for register, value in control_registers(vcpu, self._midr):
+            engine.write_sysreg(register, value)
+        engine.flush_tlb()
+        self._hcr = hcr
+        self._resident = vcpu
+        self._vector.select(vcpu)
+
+    def _sync(self, vcpu: Vcpu) -> None:
+        """Make a non-protected vCPU's page current; before its first entry it is the host's."""
+        if vcpu.started and not vcpu.page_is_current:
+            self._switch_to(vcpu)
+            self._nonprotected.sync(vcpu)
