@@ -17,15 +17,20 @@ from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S1PTW, WNR
 from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE
 from pkvm.host import faults, guest_calls
-from pkvm.host.vcpu import PendingMmio, Vcpu
+from pkvm.host.vcpu import SCTLR_OFFSET, PendingMmio, Vcpu
 from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, VcpuFlag
 from pkvm.uapi.kvm import ExitReason, Run
 
 _PUBLISHED = struct.Struct("<Q256xQQQQ64xQ")
 """X0, PSTATE, ESR, FAR, HPFAR, SCTLR_EE: one load instead of six."""
+_INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
+_PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
 _SMC_IMMEDIATE = 0xFFFF
 _MMIO_DATA = Run.UNION + 8
 _FSC_KIND = 0x3C
+_XZR = 31
+_W_MASK = (1 << 32) - 1
+_NO_DATA = bytes(8)
 _EC_SHIFT = syndrome.EC_SHIFT
 
 
@@ -66,15 +71,43 @@ def handle(vcpu: Vcpu, code: int) -> bool:
 
 
 def complete_mmio(vcpu: Vcpu, mmio: PendingMmio) -> None:
-    """The VMM comes back from an MMIO exit: pass its answer on and step over the instruction."""
+    """The VMM comes back from an MMIO exit: pass its answer on and step over the instruction.
+
+    EL2 puts a protected vCPU's X0 where it belongs; a non-protected one's registers are the
+    host's to write.
+    """
     vcpu.mmio = None
     if not mmio.is_write:
         data = int.from_bytes(
             vcpu.run[_MMIO_DATA : _MMIO_DATA + mmio.size],
             "big" if mmio.big_endian else "little",
         )
-        vcpu.set_word(HostVcpu.X, data)
-    vcpu.tell(VcpuFlag.INCREMENT_PC)
+        if vcpu.vm.protected:
+            vcpu.set_word(HostVcpu.X, data)
+        else:
+            _load_register(vcpu, mmio, data)
+    vcpu.tell(_INCREMENT_PC)
+
+
+def _load_register(vcpu: Vcpu, mmio: PendingMmio, data: int) -> None:
+    """Complete a load: extended as the syndrome says (SSE, SF)."""
+    register = (mmio.esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
+    if register == _XZR:
+        return
+    if mmio.esr & syndrome.SSE and data >> 8 * mmio.size - 1:
+        data -= 1 << 8 * mmio.size
+    data &= MASK64 if mmio.esr & syndrome.SF else _W_MASK
+    vcpu.set_word(HostVcpu.X + 8 * register, data)
+    vcpu.mark_dirty()
+
+
+def _store_value(vcpu: Vcpu, published: Published) -> tuple[int, int]:
+    """(the register that an MMIO store writes, SCTLR_EL1's endianness bits)."""
+    if vcpu.vm.protected:
+        return published.x0, published.sctlr_ee
+    register = (published.esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
+    value = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
+    return value, vcpu.word(SCTLR_OFFSET)
 
 
 def _hyp_request(vcpu: Vcpu) -> bool:
@@ -98,22 +131,21 @@ def _abort(vcpu: Vcpu, published: Published) -> bool:
             return False
     elif slot is not None:
         # A protected guest has all memory of its slots from the start: nothing can be done.
-        vcpu.tell(VcpuFlag.PENDING_EXCEPTION)
+        vcpu.tell(_PENDING_EXCEPTION)
         return False
     if is_fetch or not esr & ISV or esr & S1PTW:
-        vcpu.tell(VcpuFlag.PENDING_EXCEPTION)
+        vcpu.tell(_PENDING_EXCEPTION)
         return False
     size = 1 << (esr >> syndrome.SAS_SHIFT & 3)
     is_write = bool(esr & WNR)
-    big_endian = False
-    if published.sctlr_ee:
-        bit = SCTLR_E0E if published.pstate & PSTATE_MODE_MASK == PSTATE_EL0T else SCTLR_EE
-        big_endian = bool(published.sctlr_ee & bit)
-    data = bytes(8)
+    value, sctlr = _store_value(vcpu, published)
+    at_el0 = published.pstate & PSTATE_MODE_MASK == PSTATE_EL0T
+    big_endian = bool(sctlr & (SCTLR_E0E if at_el0 else SCTLR_EE))
+    data = _NO_DATA
     if is_write:
-        value = published.x0 & (1 << 8 * size) - 1
+        value &= (1 << 8 * size) - 1
         data = value.to_bytes(size, "big" if big_endian else "little")
-    vcpu.mmio = PendingMmio(size, is_write, big_endian)
+    vcpu.mmio = PendingMmio(size, is_write, big_endian, esr)
     Run.MMIO.pack_into(vcpu.run, Run.UNION, ipa, data, size, is_write)
     vcpu.exit_with(ExitReason.MMIO)
     return True
@@ -121,7 +153,7 @@ def _abort(vcpu: Vcpu, published: Published) -> bool:
 
 def _wfx(vcpu: Vcpu, published: Published) -> bool:
     """WFI waits for a kick or a wake-up; WFE lets the other vCPUs have the CPU."""
-    vcpu.tell(VcpuFlag.INCREMENT_PC)
+    vcpu.tell(_INCREMENT_PC)
     sched = vcpu.vm.host.sched
     if published.esr & syndrome.WFX_TI_WFE:
         sched.yield_turn(vcpu.runner)
@@ -137,7 +169,7 @@ def _hvc(vcpu: Vcpu, published: Published) -> bool:
 
 def _smc(vcpu: Vcpu, published: Published) -> bool:
     """As HVC, but the instruction is to be stepped over, and its immediate must be 0."""
-    vcpu.tell(VcpuFlag.INCREMENT_PC)
+    vcpu.tell(_INCREMENT_PC)
     if published.esr & _SMC_IMMEDIATE:
         guest_calls.answer(vcpu, MASK64)
         return False
@@ -146,14 +178,14 @@ def _smc(vcpu: Vcpu, published: Published) -> bool:
 
 def _sys64(vcpu: Vcpu, published: Published) -> bool:
     """The host emulates no system register: UNDEFINED."""
-    vcpu.tell(VcpuFlag.PENDING_EXCEPTION)
+    vcpu.tell(_PENDING_EXCEPTION)
     return False
 
 
 def _unknown(vcpu: Vcpu, published: Published) -> bool:
     """An exception class that no host expects here: UNDEFINED, as Linux does it."""
     vcpu.vm.host.say(f"unknown exception class: ESR_EL2 {published.esr:#x}")
-    vcpu.tell(VcpuFlag.PENDING_EXCEPTION)
+    vcpu.tell(_PENDING_EXCEPTION)
     return False
 
 

@@ -21,6 +21,7 @@ _MPIDR_AFFINITY = 0xFF_00FF_FFFF
 _SMC64 = 1 << 30
 _MASK32 = (1 << 32) - 1
 _RESET2_VENDOR = 1 << 31
+"""First vendor-specific reset type of SYSTEM_RESET2; of the others only 0 is defined."""
 _NO_MIGRATION = 2
 """MIGRATE_INFO_TYPE: the trusted OS, of which there is none, needs no migration."""
 _FEATURES_BIT = 1
@@ -37,6 +38,7 @@ _PSCI_OFFERED = frozenset(
         Function.SYSTEM_RESET2_64, smccc.Function.SMCCC_VERSION,
     }
 )  # fmt: skip
+_RESET2 = (Function.SYSTEM_RESET2_32, Function.SYSTEM_RESET2_64)
 _EVENTS = {
     Function.SYSTEM_OFF: (SystemEvent.SHUTDOWN, 0),
     Function.SYSTEM_RESET: (SystemEvent.RESET, 0),
@@ -62,6 +64,8 @@ def protected_call(vcpu: Vcpu) -> bool:
         vcpu.mp_state = MpState.STOPPED
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
         vcpu.vm.host.sched.sleep(vcpu.runner)
+    elif function in _RESET2 and 0 < vcpu.word(HostVcpu.X + 8) < _RESET2_VENDOR:
+        vcpu.set_word(HostVcpu.X, psci.INVALID_PARAMS)
     elif function in _EVENTS:
         vcpu.set_word(HostVcpu.X, psci.INTERNAL_FAILURE)
         _system_event(vcpu, *_EVENTS[Function(function)])
@@ -91,11 +95,9 @@ def call(vcpu: Vcpu) -> bool:
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
         answer(vcpu, psci.SUCCESS)
         vcpu.vm.host.sched.sleep(vcpu.runner)
+    elif function in _RESET2 and 0 < x1 < _RESET2_VENDOR:
+        answer(vcpu, psci.INVALID_PARAMS)
     elif function in _EVENTS:
-        reset2 = function in (Function.SYSTEM_RESET2_32, Function.SYSTEM_RESET2_64)
-        if reset2 and 0 < x1 < _RESET2_VENDOR:
-            answer(vcpu, psci.INVALID_PARAMS)
-            return False
         answer(vcpu, psci.INTERNAL_FAILURE)
         _system_event(vcpu, *_EVENTS[Function(function)])
         return True

@@ -17,7 +17,7 @@ from pkvm.events import Recorder
 from pkvm.host.dma import CopyDriver
 from pkvm.host.el2 import El2
 from pkvm.host.files import Argument, DmaFile, File, KvmFile, VcpuFile
-from pkvm.host.firmware_node import FirmwareRegion, guest_firmware
+from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.host import Host
 from pkvm.host.mm import HostMemory, UserSpace
 from pkvm.host.pages import PageAllocator
@@ -59,9 +59,10 @@ class HostKernel:
 
     `bus` and the exception types `bus_faults` that it raises; EL2's `door`; the usable `ram` as
     (base PA, bytes) ranges, without EL2's carve-out and the guest firmware; `clock`; `interrupt`,
-    which interrupts the CPU from any thread; with a virtual clock the CPU's block `counter`;
+    which interrupts the CPU from any thread; with a virtual clock the CPU, as the block `counter`;
     `dma_base`, the PA of the copy engine's registers; whether it booted in `protected` mode; the
-    `host_dtb` of its boot firmware, if any. `misalign` makes memory that no 2 MiB block can map.
+    guest `firmware` that it found at boot (`firmware_node.guest_firmware`). `misalign` makes
+    memory that no 2 MiB block can map.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class HostKernel:
         dma_base: int,
         protected: bool,
         counter: BlockCounter | None = None,
-        host_dtb: bytes | None = None,
+        firmware: FirmwareRegion | None = None,
         misalign: bool = False,
         grace_s: float = GRACE_S,
     ) -> None:
@@ -87,7 +88,6 @@ class HostKernel:
         self._recorder = recorder
         self._bus_faults = bus_faults
         el2 = El2(door, bus, pages, recorder)
-        firmware = guest_firmware(host_dtb, protected, el2.say) if host_dtb is not None else None
         self._host = Host(
             bus, bus_faults, pages, users, el2, self._sched, recorder, protected, firmware
         )

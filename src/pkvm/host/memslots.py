@@ -16,7 +16,7 @@ from pkvm.uapi.kvm import MEM_SLOTS_NUM, MEMORY_REGION, MemFlag
 _SIZE_LIMIT = 1 << 64
 _MAX_PAGES = (1 << 31) - 1
 """KVM_MEM_MAX_NR_PAGES."""
-_KNOWN_FLAGS = MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY
+_KNOWN_FLAGS = int(MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 from pkvm.host.ports import Clock
 
@@ -45,13 +45,17 @@ _POLL_S = 0.05
 """How often a thread that waits for an absent vCPU looks whether it may stop waiting."""
 
 
-class BlockCounter(NamedTuple):
+class BlockCounter(Protocol):
     """A CPU that counts the translated blocks of guest code it executes."""
 
-    blocks: Callable[[], int]
-    """So many so far."""
-    set_slice: Callable[[int | None], None]
-    """End the next run after so many more."""
+    @property
+    def blocks(self) -> int:
+        """So many so far."""
+        ...
+
+    def set_slice(self, blocks: int | None, /) -> None:
+        """End the next run after so many more."""
+        ...
 
 
 class KickedError(Exception):
@@ -92,9 +96,8 @@ class Scheduler:
         self._interrupt = interrupt
         if self._virtual and counter is None:
             raise ValueError("the virtual clock needs a CPU that counts blocks")
-        self._set_slice = counter.set_slice if counter else _no_slice
-        self._now = counter.blocks if counter and self._virtual else clock.now_ns
-        """In the unit of `_slice_end`."""
+        self._counter = counter if self._virtual else None
+        self._clock = clock
         self._slice = SLICE_BLOCKS if self._virtual else REAL_SLICE_NS
         self._grace_s = grace_s
         self._mutex = threading.RLock()
@@ -198,8 +201,8 @@ class Scheduler:
         if runner.kicked or self._waiting:
             self._guest = None
             return False
-        if self._virtual:
-            self._set_slice(max(1, self._slice_end - self._now()))
+        if self._counter is not None:
+            self._counter.set_slice(max(1, self._slice_end - self._counter.blocks))
         return True
 
     def leave_guest(self) -> None:
@@ -277,6 +280,10 @@ class Scheduler:
 
     # Turns: everything below is called with `_mutex` held
 
+    def _now(self) -> int:
+        """In the unit of `_slice_end`."""
+        return self._clock.now_ns() if self._counter is None else self._counter.blocks
+
     def _start_turn(self, runner: Runner) -> None:
         self._turn = runner
         self._slice_end = self._now() + self._slice
@@ -326,7 +333,3 @@ class Scheduler:
         if self._guest is holder:
             self._interrupt()
         return REAL_SLICE_NS / 1e9
-
-
-def _no_slice(blocks: int | None) -> None:
-    """Without the virtual clock nothing is asked of a block counter."""

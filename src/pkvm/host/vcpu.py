@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _WORD = struct.Struct("<Q")
 _EXIT_REASON = struct.Struct("<I")
 SCTLR_OFFSET = HostVcpu.SYSREGS + 8 * CONTEXT_SYSREGS.index(SCTLR_EL1)
+_DIRTY = int(VcpuFlag.DIRTY)
 _POWER_OFF = 1 << VcpuFeature.POWER_OFF
 _SUPPORTED = _POWER_OFF | 1 << VcpuFeature.PSCI_0_2
 _KNOWN = (1 << len(VcpuFeature)) - 1
@@ -33,8 +34,11 @@ class PendingMmio(NamedTuple):
     """An MMIO exit that the VMM has not answered yet."""
 
     size: int
+    """Bytes."""
     is_write: bool
     big_endian: bool
+    esr: int
+    """ESR_EL2; for a protected vCPU it does not say which register."""
 
 
 class Vcpu:
@@ -93,6 +97,7 @@ class Vcpu:
     def reset(self, pc: int = 0, x0: int = 0, sctlr_bits: int = 0) -> None:
         """Put the reset state of facts §6.1 into the page, with PC, X0 and further SCTLR_EL1 bits
         as a PSCI CPU_ON asks."""
+        self.sync()
         page = bytearray(PAGE_SIZE)
         features = (self.features or 0) | (_POWER_OFF if self.power_off else 0)
         for offset, value in (
@@ -118,8 +123,8 @@ class Vcpu:
 
     def mark_dirty(self) -> None:
         """The page holds registers of a non-protected vCPU that EL2 does not have."""
-        if not self.vm.protected and not self.flags & VcpuFlag.DIRTY:
-            self.tell(VcpuFlag.DIRTY)
+        if not self.vm.protected and not self.flags & _DIRTY:
+            self.tell(_DIRTY)
 
     def forget_dirty(self) -> None:
         """The VM became protected: EL2 takes from the page what the RFC lets it, nothing else."""
@@ -130,7 +135,7 @@ class Vcpu:
     def sync(self) -> None:
         """Bring the page up to date with EL2, for a non-protected vCPU that is loaded. While the
         page is dirty it is EL2 that lags behind."""
-        clean = not self.vm.protected and not self.flags & VcpuFlag.DIRTY
+        clean = not self.vm.protected and not self.flags & _DIRTY
         if clean and self.vm.host.loaded is self:
             self.vm.host.el2.call(HostCall.VCPU_SYNC_STATE)
 
