@@ -79,9 +79,7 @@ class HostCalls:
         self._mem.host_share_guest(self._cpu.loaded(protected=False).vm, pfn, gfn, nr, prot)
 
     def _unshare_guest(self, handle: int, gfn: int, nr: int) -> None:
-        """The guest may be running: it must not while its table changes."""
-        with self._cpu.stop():
-            self._mem.host_unshare_guest(self._vm(handle, protected=False), gfn, nr)
+        self._mem.host_unshare_guest(self._vm(handle, protected=False), gfn, nr)
 
     def _topup_memcache(self, handle: int, head_pa: int, nr: int) -> int:
         return self._alive(handle).memcache.topup(head_pa, nr)

@@ -81,7 +81,7 @@ class Hypervisor:
             machine.memory,
             host_bus=machine.host_bus,
             dma_bus=machine.dma_bus,
-            guest_tlbi=self._guest_tlbi,
+            guest_tlbi=engine.flush_tlb,
             invalidate_code=engine.invalidate_code,
             recorder=recorder,
             carveout=carveout,
@@ -156,6 +156,3 @@ class Hypervisor:
             )
         )
         return -refused.errno
-
-    def _guest_tlbi(self) -> None:
-        self.cpu.guest_tlbi()

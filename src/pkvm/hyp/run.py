@@ -8,14 +8,12 @@ CPU's TLB has no VMIDs here, so every switch flushes it.
 
 The lock is EL2's: every host call holds it, but not while the guest runs. A
 host thread that calls meanwhile is another CPU of the host's, on which nothing
-is loaded. Whoever must be sure that a VM does not run uses `stop`.
+is loaded.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pkvm.arm64.psci import Affinity
 from pkvm.arm64.registers import HCR_EL2, MIDR_EL1, VTTBR_EL2
@@ -49,7 +47,6 @@ class PhysicalCpu:
         if engine.context_bytes > CONTEXT_LIMIT:
             raise HypBug(f"a context of {engine.context_bytes:#x} bytes does not fit a vCPU's area")
         self.lock = threading.RLock()
-        self._stopped = threading.Condition(self.lock)
         self._engine = engine
         self._vector = vector
         self._exits = exits
@@ -63,13 +60,6 @@ class PhysicalCpu:
         self._hcr = 0
         """HCR_EL2 as last written."""
         self._running = False
-        self._thread = 0
-        """Who runs the guest, while one runs."""
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether a guest runs in another thread than the caller's."""
-        return self._running and threading.get_ident() != self._thread
 
     def loaded(self, protected: bool | None = None) -> Vcpu:
         """The vCPU loaded on the caller's CPU. Raises Refused(EINVAL) if there is none, or if its
@@ -127,24 +117,13 @@ class PhysicalCpu:
             if not self._enter(vcpu):
                 return ExitCode.ILLEGAL
             self._running = True
-            self._thread = threading.get_ident()
         try:
             reason = self._engine.run()
         finally:
-            with self.lock:
-                self._running = False
-                self._stopped.notify_all()
+            self._running = False
         if reason is not StopReason.VECTOR:
             self._vector.interrupted(vcpu)
         return exit_code(vcpu)
-
-    @contextmanager
-    def stop(self) -> Iterator[None]:
-        """With the lock held, and nothing else of EL2's: no guest runs until the block is left."""
-        while self.is_elsewhere:
-            self._engine.interrupt()
-            self._stopped.wait(0.001)
-        yield
 
     def forget(self, vm: Vm) -> None:
         """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""
@@ -153,14 +132,7 @@ class PhysicalCpu:
             self._resident = None
             engine.reset_context()
             engine.write_sysreg(VTTBR_EL2, 0)
-        if not self.is_elsewhere:
-            engine.flush_tlb()
-
-    def guest_tlbi(self) -> None:
-        """TLBI and DSB for guests. If a guest runs in another thread it is not the VM whose table
-        has changed (see `stop`), and its own entries came after the flush of the last switch."""
-        if not self.is_elsewhere:
-            self._engine.flush_tlb()
+        engine.flush_tlb()
 
     def _enter(self, vcpu: Vcpu) -> bool:
         """Get everything ready for the guest. False if the vCPU cannot run: nothing has changed

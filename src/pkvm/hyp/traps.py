@@ -10,11 +10,6 @@ from __future__ import annotations
 from pkvm.arm64 import registers as r
 from pkvm.hyp.vcpu import Vcpu
 
-SCR_EL3 = 1 << 0 | 1 << 8 | 1 << 10
-"""NS, HCE, RW: non-secure, HVC enabled, AArch64 below EL3."""
-CPTR_EL3 = 1 << 8
-"""EZ: SVE does not trap to EL3, so that it traps to EL2."""
-
 WAIT_TRAPS = r.hcr("TWI", "TWE")
 """The only bits of HCR_EL2 that the host decides, by VCPU_LOAD."""
 HCR_GUEST = r.hcr(
@@ -41,11 +36,9 @@ def hcr_of(vcpu: Vcpu) -> int:
 
 
 def control_registers(vcpu: Vcpu, midr: int) -> tuple[tuple[r.SysReg, int], ...]:
-    """(register, value) of all of EL2's and EL3's control registers, in the order of writing."""
+    """(register, value) of all of EL2's control registers, in the order of writing."""
     stage2 = vcpu.vm.stage2
     return (
-        (r.SCR_EL3, SCR_EL3),
-        (r.CPTR_EL3, CPTR_EL3),
         (r.HCR_EL2, hcr_of(vcpu)),
         (r.MDCR_EL2, MDCR_GUEST),
         (r.CPTR_EL2, CPTR_GUEST),
