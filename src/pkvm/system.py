@@ -112,7 +112,7 @@ class System:
 
     def census(self) -> Census:
         """Every page of RAM by owner and state."""
-        return census(self.hyp.memory, self.hyp.vms)
+        return census(self.hyp.mem, self.hyp.vms())
 
     def tables(self) -> dict[str, Stage2Context]:
         """The stage-2 trees in force by name: "host", "dma", and "guest 0x1000"... by handle."""
@@ -120,7 +120,7 @@ class System:
         for name, bus in (("host", self.machine.host_bus), ("dma", self.machine.dma_bus)):
             if bus.context is not None:
                 contexts[name] = bus.context
-        for vm in self.hyp.vms:
+        for vm in self.hyp.vms():
             contexts[f"guest {vm.handle:#x}"] = Stage2Context(vm.stage2.vttbr, vm.stage2.vtcr)
         return contexts
 

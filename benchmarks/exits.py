@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What it costs a protected guest to leave: to EL2 and back, and through host and VMM and back.
+
+The unit is the least that an exception to Python can cost on the engine: a bare
+ctypes function as libunicorn's interrupt hook, on the same HVC loop.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections.abc import Iterator
+
+from common import Result, median_ratio
+from unicorn import unicorn_const
+
+from pkvm.arm64.smccc import Function
+from pkvm.events import NullRecorder
+from pkvm.machine.cpu.unicorn_engine import UnicornEngine
+from pkvm.machine.memory import PhysicalMemory
+from pkvm.system import System
+from pkvm.vmm import board
+from pkvm.vmm.loader import load
+from pkvm.vmm.vmm import Vmm
+
+CALLS = 20_000
+STORES = 4_000
+PAIRS = 7
+
+_HVC = 0xD400_0002
+_WFI = 0xD503_207F
+_SUBS_X9 = 0xF100_0529  # subs x9, x9, #1
+_STR_W1_X10 = 0xB900_0141  # str w1, [x10]
+
+
+def _mov(register: int, value: int) -> list[int]:
+    """MOVZ and MOVK of a 32-bit value."""
+    return [
+        0xD280_0000 | (value & 0xFFFF) << 5 | register,
+        0xF2A0_0000 | (value >> 16) << 5 | register,
+    ]
+
+
+def _b_ne(back: int) -> int:
+    """B.NE to `back` instructions before this one."""
+    return 0x5400_0001 | (-back & 0x7FFFF) << 5
+
+
+def _program(*words: int) -> bytes:
+    return struct.pack(f"<{len(words)}I", *words)
+
+
+def hypercall_loop(function: int, count: int, end: list[int]) -> bytes:
+    """`count` times HVC with X0 = `function` and X1-X3 = 0, then `end`."""
+    body = [*_mov(0, function), *(word for n in (1, 2, 3) for word in _mov(n, 0)), _HVC, _SUBS_X9]
+    return _program(*_mov(9, count), *body, _b_ne(len(body)), *end)
+
+
+def store_loop(address: int, count: int) -> bytes:
+    """`count` word stores to `address`, then PSCI SYSTEM_OFF."""
+    off = [*_mov(0, 0x8400_0008), _HVC]
+    return _program(
+        *_mov(9, count), *_mov(10, address), *_mov(1, 0x40), _STR_W1_X10, _SUBS_X9, _b_ne(2), *off
+    )
+
+
+class _BareEngine(UnicornEngine):
+    """An engine whose only exception hook is a ctypes function that does nothing."""
+
+    def add_hook(self, kind: int, address: int) -> int:
+        if kind == unicorn_const.UC_HOOK_INTR:
+            prototype = ctypes.CFUNCTYPE(
+                None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p
+            )
+            self._bare = prototype(lambda _uc, _number, _data: None)
+            address = ctypes.cast(self._bare, ctypes.c_void_p).value or 0
+        return super().add_hook(kind, address)
+
+    def emulate_once(self) -> None:
+        """uc_emu_start until it returns by itself, which an untrapped WFI makes it do."""
+        self._library.uc_emu_start(self._handle, self.pc, 0, 0, 0)
+
+
+def _bare_hook() -> float:
+    """Seconds of one HVC into the bare hook and back."""
+    memory = PhysicalMemory(0x8000_0000, 1 << 20)
+    memory.write(0x8000_0000, hypercall_loop(int(Function.HYP_MEMINFO), CALLS, [_WFI]))
+    engine = _BareEngine(memory)
+    try:
+        engine.pc = 0x8000_0000
+        start = time.perf_counter()
+        engine.emulate_once()
+        seconds = time.perf_counter() - start
+        if engine.x[9]:
+            raise RuntimeError("the bare loop did not run to its end")
+        return seconds / CALLS
+    finally:
+        engine.close()
+
+
+def _guest_seconds(program: bytes) -> float:
+    """Seconds from the start to SYSTEM_OFF of a protected VM whose firmware is `program`, with the
+    recorder that does nothing and without what it takes to make and end the VM."""
+    with System(memory=64 << 20, firmware=program, recorder=NullRecorder()) as system:
+        kvm = system.open()
+        image = load(b"\0" * 4096, name="nothing")
+        vmm = Vmm(kvm, board.Board(ram_bytes=8 << 20), image, console=lambda data: None)
+        start = time.perf_counter()
+        outcome = vmm.run()
+        seconds = time.perf_counter() - start
+        vmm.close()
+        if outcome.kind != "powered-off":
+            raise RuntimeError(f"the guest did not power off: {outcome}")
+        return seconds
+
+
+def measure() -> Iterator[Result]:
+    """Both figures; the fixed cost of a run is taken off by a run that does nothing."""
+    off = _program(*_mov(0, 0x8400_0008), _HVC)
+    off_words = list(struct.unpack("<3I", off))
+    calls = hypercall_loop(int(Function.HYP_MEMINFO), CALLS, off_words)
+    stores = store_loop(board.UART_BASE, STORES)
+
+    def meminfo() -> float:
+        return (_guest_seconds(calls) - _guest_seconds(off)) / CALLS
+
+    def store() -> float:
+        return (_guest_seconds(stores) - _guest_seconds(off)) / STORES
+
+    ratio, ours, unit = median_ratio(meminfo, _bare_hook, PAIRS)
+    yield Result("hyp-meminfo", ratio, 6, f"{ours * 1e6:.2f} us, bare hook {unit * 1e6:.2f} us")
+    ratio, ours, unit = median_ratio(store, _bare_hook, PAIRS)
+    yield Result("mmio-store", ratio, 40, f"{ours * 1e6:.2f} us, bare hook {unit * 1e6:.2f} us")
