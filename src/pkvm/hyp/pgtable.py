@@ -149,11 +149,10 @@ class Stage2:
             at += 1
             index = ((table & ADDRESS_MASK) - self._base >> 3) + (ipa >> _SHIFTS[at] & _INDEX_MASK)
         old = words[index]
-        if old & VALID:
-            if entry & VALID and (old ^ entry) & ~SW_STATE_MASK:
-                raise HypBug(f"make without break, IPA {ipa:#x}")
-            if is_table(old, level):
-                raise HypBug(f"a table stands where a leaf must go, IPA {ipa:#x}")
+        if is_table(old, level):
+            raise HypBug(f"a table stands where a leaf must go, IPA {ipa:#x}")
+        if old & VALID and entry & VALID and (old ^ entry) & ~SW_STATE_MASK:
+            raise HypBug(f"make without break, IPA {ipa:#x}")
         words[index] = entry
         if entry:
             if not old:
