@@ -23,20 +23,14 @@
 /* Everything checked so far is as promised. */
 static bool good = true;
 
-static _Noreturn void fail(const char *why)
-{
-	put("firmware: ");
-	put(why);
-	put("; resetting\n");
-	psci_system_reset();
-}
-
-static _Noreturn void fail_with(const char *what, const char *why)
+static _Noreturn void fail(const char *what, const char *why)
 {
 	put("firmware: ");
 	put(what);
 	put(": ");
-	fail(why);
+	put(why);
+	put("; resetting\n");
+	psci_system_reset();
 }
 
 static void verdict(bool ok)
@@ -183,7 +177,7 @@ static void open_tree(struct fdt *tree, uint64_t at)
 	if (at % 8)
 		status = FDT_UNALIGNED;
 	else if (at < BOARD_RAM || at > BOARD_IPA_END - FDT_MAXIMUM)
-		fail_with("device tree", "X0 is not an address in RAM");
+		fail("device tree", "X0 is not an address in RAM");
 	if (status == FDT_OK) {
 		touch(at, FDT_HEADER_BYTES);
 		status = fdt_size((const void *)at, &bytes);
@@ -193,7 +187,7 @@ static void open_tree(struct fdt *tree, uint64_t at)
 		status = fdt_open(tree, (const void *)at);
 	}
 	if (status != FDT_OK)
-		fail_with("device tree", fdt_words(status));
+		fail("device tree", fdt_words(status));
 }
 
 static struct range find_memory(const struct fdt *tree, struct range slot)
@@ -202,26 +196,27 @@ static struct range find_memory(const struct fdt *tree, struct range slot)
 	enum fdt_status status = fdt_memory(tree, &memory.base, &memory.bytes);
 
 	if (status != FDT_OK)
-		fail_with("device tree: /memory", fdt_words(status));
+		fail("device tree: /memory", fdt_words(status));
 	if (memory.base != BOARD_RAM || memory.bytes > BOARD_IPA_END - BOARD_RAM)
-		fail_with("device tree: /memory", "not at the board's RAM");
+		fail("device tree: /memory", "not at the board's RAM");
 	if (overlap(memory.base, memory.bytes, slot.base, slot.bytes))
-		fail_with("device tree: /memory", "overlaps the firmware");
+		fail("device tree: /memory", "overlaps the firmware");
 	if (!is_within(blob.base, blob.bytes, memory.base, memory.bytes))
-		fail("device tree: not in /memory");
+		fail("device tree", "not in /memory");
 	return memory;
 }
 
+/* One of /config's numbers. */
 static uint64_t config(const struct fdt *tree, uint32_t node, const char *name)
 {
 	uint64_t value = 0;
 	enum fdt_status status = fdt_u64(tree, node, name, &value);
 
 	if (status != FDT_OK) {
-		put("firmware: device tree: /config ");
+		put("  /config ");
 		put(name);
-		put(": ");
-		fail(fdt_words(status));
+		put(": BAD\n");
+		fail("device tree: /config", fdt_words(status));
 	}
 	return value;
 }
@@ -233,7 +228,7 @@ static uint64_t find_payload(const struct fdt *tree, struct range memory)
 	enum fdt_status status = fdt_node(tree, "/config", &node);
 
 	if (status != FDT_OK)
-		fail_with("device tree: /config", fdt_words(status));
+		fail("device tree: /config", fdt_words(status));
 
 	uint64_t base = config(tree, node, "kernel-address");
 	uint64_t bytes = config(tree, node, "kernel-size");
@@ -247,11 +242,11 @@ static uint64_t find_payload(const struct fdt *tree, struct range memory)
 	put_hex(entry);
 	put_char('\n');
 	if (bytes == 0 || !is_within(base, bytes, memory.base, memory.bytes))
-		fail("payload: not in /memory");
+		fail("payload", "not in /memory");
 	if (overlap(base, bytes, (uint64_t)tree->blob, tree->bytes))
-		fail("payload: overlaps the device tree");
+		fail("payload", "overlaps the device tree");
 	if (entry % 4 || !is_within(entry, 4, base, bytes))
-		fail("payload: entry outside of it or not aligned to 4 bytes");
+		fail("payload", "entry outside of it or not aligned to 4 bytes");
 	touch(base, bytes);
 	return entry;
 }
@@ -272,7 +267,7 @@ void program(const uint64_t *boot, unsigned cpu)
 	check_state(boot, hypervisor.protects);
 	check_hypervisor(&hypervisor);
 	if (!good)
-		fail("this is not the state that was promised");
+		fail("hand-over", "not the state that was promised");
 
 	open_tree(&tree, boot[BOOT_X0]);
 	memory = find_memory(&tree, slot);

@@ -82,7 +82,7 @@
 #define AGENT_OP_STR_W 20
 #define AGENT_OP_STR_X 21
 #define AGENT_OP_STR_XZR 22
-/* Accesses without a valid syndrome (ISV = 0). */
+/* Accesses without a valid syndrome (ISV = 0). For write-back QEMU 5.0, the CPU engine, has one. */
 #define AGENT_OP_LDP 23
 #define AGENT_OP_STP 24
 #define AGENT_OP_LDR_POST 25	/* ldr x1, [x0], #8 */
@@ -110,7 +110,7 @@
  * MMU on with TTBR0_EL1 = X0, 39-bit addresses, 4 KiB granule, level-1 table. X0 = 0: the agent's
  * own tables, which map every address below 512 GiB to itself: devices as Device-nGnRE and not
  * executable, all else as Normal non-cacheable (so that no cache maintenance is due on the way in
- * or out), for EL1 only. -> the TTBR0_EL1 used.
+ * or out), no access for EL0. -> the TTBR0_EL1 used.
  */
 #define AGENT_OP_MMU_ON 70
 #define AGENT_OP_MMU_OFF 71

@@ -10,7 +10,7 @@
 #define BOOT_H
 
 #define BOOT_X0 0 /* X0-X30 are words 0-30 */
-#define BOOT_SP 31
+#define BOOT_SP 31 /* the one in use */
 #define BOOT_PC 32
 #define BOOT_CURRENT_EL 33
 #define BOOT_DAIF 34

@@ -52,6 +52,7 @@
 	stp	x2, x3, [x0, #8 * BOOT_CURRENT_EL]
 	mrs	x2, SPSel
 	str	x2, [x0, #8 * BOOT_SPSEL]
+	msr	spsel, #1		/* while SP_EL0 is in use its register is undefined */
 	mrs	x2, sctlr_el1
 	mrs	x3, cpacr_el1
 	stp	x2, x3, [x0, #8 * BOOT_SCTLR_EL1]
@@ -83,10 +84,9 @@
 	number	x1
 .endm
 
-/* Mask interrupts, use SP_EL1, set VBAR_EL1; a state that is not as promised can still be told. */
+/* Mask interrupts, set VBAR_EL1: a state that is not as promised can still be told. X2 := stack. */
 .macro settle
 	msr	daifset, #15
-	msr	spsel, #1
 	adr	x2, vectors
 	msr	vbar_el1, x2
 	msr	tpidr_el1, xzr		/* vectors.S counts in it */

@@ -45,8 +45,8 @@ class MmioExit(Protocol):
         ...
 
     @property
-    def data(self) -> int | None:
-        """What a write stores; None for a read."""
+    def data(self) -> int:
+        """What a write stores."""
         ...
 
     @property
@@ -188,7 +188,7 @@ class Agent:
                     raise AgentExitError(exit_)
                 self.vcpu.complete(exit_, self._on_mmio(exit_))
             elif exit_.is_write:
-                self._store(offset, exit_.data or 0)
+                self._store(offset, exit_.data)
             elif offset == Mailbox.COMMAND:
                 self._asking = exit_
                 return
