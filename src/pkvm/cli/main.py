@@ -73,9 +73,11 @@ def _dispatch(arguments: list[str]) -> int:
     )
     top.add_argument("--version", action="version", version=f"pkvm {pkvm.__version__}")
     top.add_argument("--debug", action="store_true", help="let an error end in a traceback")
-    top.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
+    top.add_argument("verb", nargs="?", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
     top.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = top.parse_args(arguments)
+    if chosen.verb is None:
+        top.error(f"say what to do: {', '.join(VERBS)}")
     module = import_module(f"pkvm.cli.{chosen.verb}")
     parser = Parser(prog=f"pkvm {chosen.verb}", description=VERBS[chosen.verb] + ".")
     parser.add_argument("--debug", action="store_true", help="let an error end in a traceback")

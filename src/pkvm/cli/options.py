@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkvm.firmware import image as firmware_image
-from pkvm.vmm.board import FIRMWARE_BYTES, Board
+from pkvm.vmm.board import DEFAULT_RAM_BYTES, FIRMWARE_BYTES, Board
 from pkvm.vmm.errors import LoadError
 from pkvm.vmm.loader import Image, load_image
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pkvm.system import System
 
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+CPU_MODELS = ("cortex-a72", "max")
 HOST_BYTES = 32 << 20
 """What the machine has beside the guest's memory: the host's own pages and EL2's carve-out."""
 STEP_BYTES = 2 << 20
@@ -68,6 +69,15 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--host-dtb", metavar="FILE", help="device tree that the host's boot firmware hands over"
     )
     group.add_argument(
+        "--kvm-mode",
+        choices=("protected", "nvhe"),
+        default="protected",
+        help="how the host boots, as kvm-arm.mode= of a kernel",
+    )
+    group.add_argument(
+        "--cpu-model", choices=CPU_MODELS, default=CPU_MODELS[0], help="the machine's CPU"
+    )
+    group.add_argument(
         "--clock", choices=("real", "virtual"), default="real", help="the machine's clock"
     )
     group.add_argument(
@@ -86,7 +96,11 @@ def add_guest_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("guest")
     group.add_argument(
-        "--memory", type=size, default=64 << 20, metavar="SIZE", help="RAM (default 64M)"
+        "--memory",
+        type=size,
+        default=DEFAULT_RAM_BYTES,
+        metavar="SIZE",
+        help=f"RAM (default {DEFAULT_RAM_BYTES >> 20}M)",
     )
     group.add_argument("--cpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 8")
     group.add_argument("--append", default="", metavar="TEXT", help="kernel command line")
@@ -146,7 +160,9 @@ def make_system(
     try:
         return System(
             memory=-(-total // STEP_BYTES) * STEP_BYTES,
+            protected=args.kvm_mode == "protected",
             host_dtb=host_dtb,
+            cpu_model=args.cpu_model,
             clock=args.clock,
             recorder=recorder,
             **options,

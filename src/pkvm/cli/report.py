@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkvm.arm64.smccc import function_name
 from pkvm.cli import status
@@ -26,8 +25,7 @@ Paint = Callable[[str, str], str]
 _OWNERS = {"guest": "protected guest", "host": "host", "hyp": "EL2"}
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """Everything that a run has left."""
 
     vmm: Vmm

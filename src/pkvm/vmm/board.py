@@ -30,6 +30,7 @@ IMAGE_BASE = RAM_BASE + DTB_BYTES
 
 IPA_BITS = 40
 MIN_RAM_BYTES = 4 << 20
+DEFAULT_RAM_BYTES = 16 << 20
 MAX_RAM_BYTES = (1 << IPA_BITS) - RAM_BASE
 MAX_VCPUS = 8
 
@@ -38,7 +39,7 @@ MAX_VCPUS = 8
 class Board:
     """What can be chosen about a board. Raises LoadError for what cannot be."""
 
-    ram_bytes: int = 64 << 20
+    ram_bytes: int = DEFAULT_RAM_BYTES
     cpus: int = 1
     command_line: str = ""
 

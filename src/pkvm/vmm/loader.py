@@ -9,9 +9,8 @@ device tree, and does not overlap itself.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from pkvm.vmm.board import DTB_BYTES, IMAGE_BASE, RAM_BASE, Board
 from pkvm.vmm.errors import LoadError
@@ -22,8 +21,7 @@ _HOW_TO_LINK = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Bytes at an IPA, followed by zeroes up to `memory_bytes`."""
 
     ipa: int
@@ -36,8 +34,7 @@ class Segment:
         return self.ipa + self.memory_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(NamedTuple):
     """What to load and where to enter it (IPA)."""
 
     segments: tuple[Segment, ...]

@@ -126,7 +126,7 @@ class Probes:
 
     `attempt` is an observer for `Vmm`. The pages are those that hold the image, the firmware, the
     device tree and shared memory, and `SAMPLE_PAGES` more over all slots, drawn with `seed`; or
-    `everything`.
+    `everything`. When the guest takes memory back, it is that memory only.
     """
 
     def __init__(self, *, seed: int = 0, everything: bool = False) -> None:
@@ -164,7 +164,7 @@ class Probes:
         ways = Ways(vmm.kvm.kernel)
         try:
             self.not_tried = ways.missing
-            for page in self._choose(vmm):
+            for page in self._choose(vmm, moment):
                 self.pages += 1
                 if any(shared.holds(page.ipa) for shared in _usable(vmm)):
                     self._attempt_shared(ways, page)
@@ -176,7 +176,7 @@ class Probes:
         finally:
             ways.close()
 
-    def _choose(self, vmm: Vmm) -> Iterable[Page]:
+    def _choose(self, vmm: Vmm, moment: Moment) -> Iterable[Page]:
         slots = [(board.RAM_BASE, vmm.ram)]
         if vmm.firmware_memory is not None:
             slots.append((board.FIRMWARE_BASE, vmm.firmware_memory))
@@ -188,6 +188,10 @@ class Probes:
                     for page in range(ipa - ipa % PAGE_SIZE, ipa + length, PAGE_SIZE):
                         chosen[page] = Page(page, memory, page - base)
 
+        if moment is Moment.UNSHARED:
+            if vmm.sharing.taken_back is not None:
+                take(vmm.sharing.taken_back.ipa, vmm.sharing.taken_back.length)
+            return chosen.values()
         if self._everything:
             for base, memory in slots:
                 take(base, memory.length)

@@ -42,6 +42,8 @@ class Sharing:
         """Announced and not taken back, by IPA."""
         self.latest: SharedRange | None = None
         """The last one announced, until it is taken back."""
+        self.taken_back: SharedRange | None = None
+        """The last one that the guest took back."""
         self.notes: list[str] = []
         """What did not hold, in words; the first 16."""
 
@@ -58,11 +60,11 @@ class Sharing:
 
     def withdraw(self, args: tuple[int, ...]) -> None:
         """Take the guest's ARG0 for memory that it took back."""
-        gone = self.ranges.pop(args[0], None)
-        if gone is not None and gone == self.latest:
-            self.latest = None
-        if gone is None:
+        self.taken_back = self.ranges.pop(args[0], None)
+        if self.taken_back is None:
             self._note(f"the guest took back {args[0]:#x}, which it had not announced")
+        elif self.taken_back == self.latest:
+            self.latest = None
 
     def reply(self, shared: SharedRange) -> None:
         """Read the greeting in the first half of the page and put a reply into the second."""

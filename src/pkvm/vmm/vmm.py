@@ -33,6 +33,7 @@ from pkvm.kvm import (
     Unknown,
     Vcpu,
 )
+from pkvm.uapi.kvm import Cap
 from pkvm.vmm import board
 from pkvm.vmm.board import Board
 from pkvm.vmm.devicetree import build_device_tree
@@ -136,6 +137,11 @@ class Vmm:
 
     def _build(self, firmware: bytes | None) -> None:
         enter = self._stack.enter_context
+        if self.protected and not self.kvm.check_extension(Cap.ARM_PROTECTED_VM):
+            raise LoadError(
+                "this host offers no protected VMs (KVM_CAP_ARM_PROTECTED_VM is 0): boot it in "
+                "protected mode, or run with --unprotected"
+            )
         self.vm = enter(self.kvm.create_vm())
         self.ram = self._map(self.board.ram_bytes)
         self.device_tree = build_device_tree(self.board, self.image)

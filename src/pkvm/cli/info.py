@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`pkvm info`: what this host offers, asked at the seam as any VMM would, and of the machine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import pkvm
+from pkvm.cli import options, status
+from pkvm.cli.report import DIALECT
+from pkvm.trace.counting import CountingRecorder
+from pkvm.uapi.kvm import Cap
+from pkvm.vmm.board import DEFAULT_RAM_BYTES
+
+if TYPE_CHECKING:
+    from pkvm.system import System
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    options.add_machine_options(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Print what the host offers; the exit status."""
+    firmware = options.firmware(args)
+    recorder = CountingRecorder()
+    with options.make_system(args, recorder, DEFAULT_RAM_BYTES, firmware=firmware) as system:
+        facts = _facts(args, system)
+    facts["messages"] = [f"{message.source}: {message.text}" for message in recorder.messages()]
+    if args.json:
+        import json
+
+        print(json.dumps(facts))
+    else:
+        print(_text(facts))
+    return status.OK
+
+
+def _facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
+    from pkvm.machine.cpu.unicorn_layout import LAYOUT
+    from pkvm.machine.machine import IPA_BITS, RAM_BASE
+
+    with system.open() as kvm, kvm.create_vm() as vm:
+        protected = bool(kvm.check_extension(Cap.ARM_PROTECTED_VM))
+        capabilities = {cap.name: kvm.check_extension(cap) for cap in Cap}
+        firmware_size = vm.protected_vm_info().firmware_size if protected else 0
+        api_version = kvm.api_version()
+    return {
+        "version": pkvm.__version__,
+        "backend": args.backend,
+        "dialect": DIALECT,
+        "protected_mode": protected,
+        "api_version": api_version,
+        "firmware_size": firmware_size,
+        "max_vcpus": capabilities["MAX_VCPUS"],
+        "ipa_bits": IPA_BITS,
+        "ram": {"base": RAM_BASE, "bytes": system.machine.memory.ram_bytes},
+        "hyp_bytes": 4096 * sum(system.census().hyp.values()),
+        "cpu_model": args.cpu_model,
+        "engine": "Unicorn " + ".".join(str(part) for part in LAYOUT.version),
+        "clock": args.clock,
+        "capabilities": capabilities,
+        "hypercalls": _hypercalls() if protected else [],
+    }
+
+
+def _hypercalls() -> list[str]:
+    """What EL2 serves a protected guest."""
+    from pkvm.arm64.smccc import Function, function_name
+    from pkvm.hyp import policy, psci
+
+    functions = {Function.SMCCC_VERSION, Function.SMCCC_ARCH_FEATURES, Function.VENDOR_UID}
+    return [
+        function_name(function)
+        for function in sorted(functions | policy.RFC.vendor_calls | psci.FEATURES)
+    ]
+
+
+def _text(facts: dict[str, Any]) -> str:
+    mib = 1 << 20
+    offered = [f"{name} {value}" for name, value in facts["capabilities"].items() if value]
+    missing = [name for name, value in facts["capabilities"].items() if not value]
+    ram = facts["ram"]
+    rows = [
+        ("pkvm", f"{facts['version']}, back-end {facts['backend']}, dialect {facts['dialect']}"),
+        (
+            "protected mode",
+            "yes" if facts["protected_mode"] else "no: every VM is open to the host",
+        ),
+        ("guest firmware", f"{facts['firmware_size']} bytes" if facts["firmware_size"] else "none"),
+        ("KVM API", f"version {facts['api_version']}, up to {facts['max_vcpus']} vCPUs a VM"),
+        ("RAM", f"{ram['bytes'] // mib} MiB at PA {ram['base']:#x}, {facts['ipa_bits']}-bit IPA"),
+        ("EL2 keeps", f"{facts['hyp_bytes'] // 1024} KiB, firmware included"),
+        ("CPU", f"{facts['cpu_model']} on {facts['engine']}, clock {facts['clock']}"),
+        ("capabilities", ", ".join(offered)),
+        ("not offered", ", ".join(missing)),
+        ("hypercalls", ", ".join(facts["hypercalls"]) or "none"),
+        *(("message", message) for message in facts["messages"]),
+    ]
+    return "\n".join(f"{name + ':':<16}{value}" for name, value in rows)
