@@ -263,7 +263,7 @@ def test_memory_operations(agent: Agent, board: BareBoard, scratch: int) -> None
     assert agent.op(Op.MEM_CHECK, scratch, 4096, 9)[:2] == (3, scratch)
 
 
-def test_sealed(agent: Agent, board: BareBoard, device: Register) -> None:
+def test_sealed(agent: Agent, device: Register) -> None:
     version = agent.sealed(Op.HVC, psci.Function.PSCI_VERSION, seed=5)
     assert version.x == 0b1110, "the callee's X1-X3"
     assert (version.v, version.system) == (0, Sealed(0))
@@ -275,7 +275,7 @@ def test_sealed(agent: Agent, board: BareBoard, device: Register) -> None:
     assert agent.sealed(Op.WFI).x == 0
 
 
-def test_sealed_tells_what_changed(agent: Agent, board: BareBoard, device: Register) -> None:
+def test_sealed_tells_what_changed(agent: Agent, board: BareBoard) -> None:
     """An EL2 and a VMM that do not leave a CPU alone."""
 
     def meddle(mmio: MmioExit) -> int:
@@ -289,9 +289,8 @@ def test_sealed_tells_what_changed(agent: Agent, board: BareBoard, device: Regis
         board.engine.set_fp_registers(bytes(registers))
         return 0
 
-    meddled = Agent(board, on_mmio=meddle)
-    meddled._asking = agent._asking
-    found = meddled.sealed(Op.STR_X, DEVICE, 0, seed=8)
+    agent.on_mmio = meddle
+    found = agent.sealed(Op.STR_X, DEVICE, 0, seed=8)
     assert found.x == 1 << 19 | 1 << 29
     assert found.first == pattern(8, 19) ^ 1
     assert found.v == 1 << 7 | 1 << 31
@@ -363,11 +362,11 @@ def test_bad_commands(agent: Agent, command: int, args: tuple[int, ...]) -> None
 
 def test_bad_operation_is_raised(agent: Agent) -> None:
     with pytest.raises(AgentCommandError, match="BAD_COMMAND"):
-        agent._done(Command.RUN, (0, 60))
+        agent.sealed(Op.MEM_FILL)
     with pytest.raises(ValueError, match="do not fit"):
         agent.hvc(*range(17))
 
 
-def test_no_command_is_asked_again(agent: Agent, board: BareBoard) -> None:
+def test_no_command_is_asked_again(agent: Agent) -> None:
     agent.call(Command.NONE)
     assert agent.info()[Info.ABI] == ABI

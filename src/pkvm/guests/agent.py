@@ -145,7 +145,8 @@ class Agent:
     ) -> None:
         self.vcpu = vcpu
         self._bank = mailbox + Mailbox.BANK * cpu
-        self._on_mmio = on_mmio
+        self.on_mmio = on_mmio
+        """Answers the MMIO exits that are not this bank's; may be replaced between commands."""
         self._asking: MmioExit | None = None
         """The exit in which the agent waits for a command."""
         self._args: Sequence[int] = ()
@@ -184,9 +185,9 @@ class Agent:
                 raise AgentExitError(exit_)
             offset = exit_.address - self._bank
             if not 0 <= offset < Mailbox.BANK:
-                if self._on_mmio is None:
+                if self.on_mmio is None:
                     raise AgentExitError(exit_)
-                self.vcpu.complete(exit_, self._on_mmio(exit_))
+                self.vcpu.complete(exit_, self.on_mmio(exit_))
             elif exit_.is_write:
                 self._store(offset, exit_.data)
             elif offset == Mailbox.COMMAND:
