@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from pkvm import events
 from pkvm.host.firmware_node import FirmwareRegion
@@ -413,10 +414,10 @@ class Rig:
         return self.kernel.ioctl(fd, uapi.Ioctl.RUN)
 
 
-def errno_of(call: Callable[[], object]) -> int:
+def errno_of(call: Callable[..., object], *args: Any) -> int:
     """The errno that `call` raises, 0 if none; an error without a text counts as -1."""
     try:
-        call()
+        call(*args)
     except OSError as error:
         return error.errno or -1 if error.strerror else -1
     return 0
