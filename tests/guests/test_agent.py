@@ -22,6 +22,8 @@ from pkvm.guests.agent import (
 from pkvm.guests.protocol import ABI, Boot, Command, Info, Op, Sealed, Status
 from pkvm.kvm.exits import Intr, Mmio, SystemEvent
 
+pytest_plugins = ["board_fixtures"]
+
 NOWHERE = 0x2000_0000
 DEVICE = 0x0A00_0000
 VECTOR_CURRENT = 0x200

@@ -17,6 +17,8 @@ from pkvm.arm64 import registers as r
 from pkvm.guests.agent import Agent
 from pkvm.guests.protocol import Boot
 
+pytest_plugins = ["board_fixtures"]
+
 HELLO = (PAYLOAD, len(guests.image("hello")), PAYLOAD)
 TREE = fdt.build(device_tree(kernel=HELLO, bootargs="quiet"))
 STACK_BYTES = 8192

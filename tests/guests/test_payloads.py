@@ -14,6 +14,8 @@ from pkvm.arm64 import smccc
 from pkvm.guests.protocol import MAILBOX_BASE, Event, Mailbox
 from pkvm.kvm.exits import Mmio
 
+pytest_plugins = ["board_fixtures"]
+
 PAGE = 4096
 
 

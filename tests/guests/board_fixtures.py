@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The board that the tests of guest programs share; `enter` resets it."""
+"""The board that the tests of guest programs share; `enter` resets it. A pytest plugin."""
 
 from __future__ import annotations
 
