@@ -245,12 +245,15 @@ def tables(view: View) -> Iterator[str]:
 
 
 def share_counts(view: View) -> Iterator[str]:
-    """P6: a page's share count is the number of leaves of non-protected VMs that map it."""
+    """P6: a page's share count is the number of leaves of non-protected VMs that map it, and it is
+    lent if and only if there is one."""
     borrowers = [page.page for page in view.guest_pages if page.state == PageState.SHARED_BORROWED]
     expected = np.bincount(np.array(borrowers, np.int64), minlength=view.npages)
     counts = view.mem.vmemmap.share_counts
     for page in view.pages(counts != expected):
         yield f"PA {view.pa(page):#x} has share count {counts[page]}, and {expected[page]} leaves"
+    for page in view.pages((view.states == HOST_SHARED_WITH_GUEST) != (counts != 0)):
+        yield f"PA {view.pa(page):#x} has share count {counts[page]}, against its state"
 
 
 def dma_tree(view: View) -> Iterator[str]:

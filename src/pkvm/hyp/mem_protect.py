@@ -71,9 +71,13 @@ class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
         ipa_bits: int = 40,
         parange: int = 2,
     ) -> None:
-        for name, (base, nbytes) in (("carve-out", carveout), ("firmware", firmware or carveout)):
-            if (base | nbytes) & PAGE_MASK or not nbytes or not memory.is_ram(base, nbytes):
-                raise ValueError(f"the {name} at {base:#x} (+{nbytes:#x}) is not pages of RAM")
+        for name, region in (("carve-out", carveout), ("firmware", firmware)):
+            if region is not None:
+                base, nbytes = region
+                if (base | nbytes) & PAGE_MASK or nbytes <= 0 or not memory.is_ram(base, nbytes):
+                    raise ValueError(f"the {name} at {base:#x} (+{nbytes:#x}) is not pages of RAM")
+        if firmware and firmware[0] < sum(carveout) and carveout[0] < sum(firmware):
+            raise ValueError("the firmware region overlaps the carve-out")
         records = -(-vmemmap_bytes(memory.ram_bytes) // PAGE_SIZE) * PAGE_SIZE
         least = records + pool_pages(memory.ram_bytes, Geometry(ipa_bits)) * PAGE_SIZE
         if carveout[1] < least:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The ownership self-test that EL2 runs on itself at boot in a debug kernel (facts §11.1).
+
+One page, two guest frames at half the IPA space, all views asserted after each
+call. What pkvm has not (FF-A, forced reclaim and poison) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from fakes.memory_rig import HANDLE, Rig, RigVm
+from pkvm.hyp.abi import PROT_RWX
+from pkvm.hyp.errors import Errno, Refused
+
+GFN = 1 << 27
+
+
+class SelfTest:
+    """The page, its guests, and what is expected of it."""
+
+    def __init__(self) -> None:
+        self.rig = Rig()
+        self.mem = self.rig.mem
+        self.guest: RigVm = self.rig.vm(HANDLE)
+        self.pfn = self.rig.first_pfn + 33
+        self.expected = ("OWNED", "NOPAGE", "NOPAGE", "NOPAGE")
+        self.calls: dict[str, Callable[[], object]] = {
+            "donate_hyp": lambda: self.mem.host_donate_hyp(self.pfn, 1),
+            "return_hyp": lambda: self.mem.hyp_donate_host(self.pfn, 1),
+            "share_hyp": lambda: self.mem.host_share_hyp(self.pfn),
+            "unshare_hyp": lambda: self.mem.host_unshare_hyp(self.pfn),
+            "pin": lambda: self.mem.pin_shared(self.pfn << 12),
+            "unpin": lambda: self.mem.unpin_shared(self.pfn << 12),
+            "donate": lambda: self.mem.host_donate_guest(self.guest, self.pfn, GFN, 1),
+            "donate+1": lambda: self.mem.host_donate_guest(self.guest, self.pfn, GFN + 1, 1),
+            "share": lambda: self.mem.host_share_guest(self.guest, self.pfn, GFN, 1, PROT_RWX),
+            "share+1": lambda: self.mem.host_share_guest(
+                self.guest, self.pfn, GFN + 1, 1, PROT_RWX
+            ),
+            "unshare": lambda: self.mem.host_unshare_guest(self.guest, GFN, 1),
+            "unshare+1": lambda: self.mem.host_unshare_guest(self.guest, GFN + 1, 1),
+            "guest_share": lambda: self.mem.guest_share_host(self.guest, GFN << 12, 1),
+            "guest_unshare": lambda: self.mem.guest_unshare_host(self.guest, GFN << 12, 1),
+            "reclaim": lambda: self.mem.reclaim_dying_guest_range(self.guest, GFN, 1),
+            "reclaim+1": lambda: self.mem.reclaim_dying_guest_range(self.guest, GFN + 1, 1),
+        }
+
+    def assert_views(self) -> None:
+        actual = (
+            *self.rig.state(self.pfn),
+            self.rig.guest_state(self.guest, GFN),
+            self.rig.guest_state(self.guest, GFN + 1),
+        )
+        assert actual == self.expected
+        self.rig.sound()
+
+    def does(self, call: str, *expected: str) -> None:
+        self.calls[call]()
+        if expected:
+            assert len(expected) == 4
+            self.expected = (expected[0], expected[1], expected[2], expected[3])
+        self.assert_views()
+
+    def refuses(self, errno: Errno, *calls: str) -> None:
+        for call in calls:
+            with pytest.raises(Refused) as refusal:
+                self.calls[call]()
+            assert refusal.value.errno == errno, call
+            self.assert_views()
+
+
+def test_the_sequence() -> None:
+    t = SelfTest()
+    t.assert_views()
+    t.does("donate_hyp", "NOPAGE", "OWNED", "NOPAGE", "NOPAGE")
+    t.refuses(Errno.EPERM, "donate_hyp", "share_hyp", "unshare_hyp", "pin", "share", "donate")
+    t.refuses(Errno.ENOENT, "unshare")
+
+    t.does("return_hyp", "OWNED", "NOPAGE", "NOPAGE", "NOPAGE")
+    t.refuses(Errno.EPERM, "return_hyp", "unshare_hyp", "pin")
+    t.refuses(Errno.ENOENT, "unshare")
+
+    t.does("share_hyp", "SHARED_OWNED", "SHARED_BORROWED", "NOPAGE", "NOPAGE")
+    no: tuple[str, ...] = ("share_hyp", "donate_hyp", "return_hyp", "share", "donate")
+    t.refuses(Errno.EPERM, *no)
+    t.refuses(Errno.ENOENT, "unshare")
+
+    t.does("pin")
+    t.does("pin")
+    t.does("unpin")
+    assert t.mem.vmemmap.refcount[33] == 1
+    t.refuses(Errno.EBUSY, "unshare_hyp")
+    t.refuses(Errno.EPERM, *no)
+    t.does("unpin")
+    assert t.mem.vmemmap.refcount[33] == 0
+    t.does("unshare_hyp", "OWNED", "NOPAGE", "NOPAGE", "NOPAGE")
+
+    t.does("share", "SHARED_OWNED", "NOPAGE", "SHARED_BORROWED", "NOPAGE")
+    t.refuses(
+        Errno.EPERM, "share", "donate_hyp", "share_hyp", "unshare_hyp", "return_hyp", "donate",
+        "pin",
+    )  # fmt: skip
+    t.does("share+1", "SHARED_OWNED", "NOPAGE", "SHARED_BORROWED", "SHARED_BORROWED")
+    assert t.mem.vmemmap.share_count[33] == 2
+    t.does("unshare", "SHARED_OWNED", "NOPAGE", "NOPAGE", "SHARED_BORROWED")
+    t.does("unshare+1", "OWNED", "NOPAGE", "NOPAGE", "NOPAGE")
+
+    t.does("donate", "NOPAGE", "NOPAGE", "OWNED", "NOPAGE")
+    no = (
+        "donate", "donate+1", "share", "share+1", "donate_hyp", "share_hyp", "unshare_hyp",
+        "return_hyp",
+    )  # fmt: skip
+    t.refuses(Errno.EPERM, *no)
+
+    t.does("guest_share", "SHARED_BORROWED", "NOPAGE", "SHARED_OWNED", "NOPAGE")
+    t.refuses(Errno.EPERM, "guest_share", *no)
+    t.does("guest_unshare", "NOPAGE", "NOPAGE", "OWNED", "NOPAGE")
+    t.refuses(Errno.EPERM, "guest_unshare", *no)
+
+    t.does("reclaim", "OWNED", "NOPAGE", "NOPAGE", "NOPAGE")
+    t.refuses(Errno.EFAULT, "guest_share", "guest_unshare")
+    t.does("donate+1", "NOPAGE", "NOPAGE", "NOPAGE", "OWNED")
+    t.does("reclaim+1", "OWNED", "NOPAGE", "NOPAGE", "NOPAGE")
+    t.does("donate_hyp", "NOPAGE", "OWNED", "NOPAGE", "NOPAGE")
