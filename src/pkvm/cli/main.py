@@ -91,18 +91,19 @@ def _words(error: Exception) -> tuple[str, int]:
     from pkvm.fdt import FdtError
     from pkvm.firmware.image import FirmwareImageError
     from pkvm.machine.cpu.errors import EngineError
+    from pkvm.trace.jsonl import TraceError
     from pkvm.vmm.errors import LoadError
 
     match error:
         case LoadError() | FdtError() | FirmwareImageError():
             return str(error), status.USAGE
         case MemoryError():
-            return f"{error or 'out of memory'}: choose less with --memory", status.FAILED
+            return f"{str(error) or 'out of memory'}: choose less with --memory", status.FAILED
         case OSError(filename=None):
             return f"the kernel refused: {error.strerror or error}", status.FAILED
         case OSError():
             return f"{error.filename}: {error.strerror}", status.USAGE
-        case EngineError():
+        case EngineError() | TraceError():
             return str(error), status.FAILED
         case ModuleNotFoundError(name="numpy" | "unicorn" | "elftools"):
             return f"{error}: install it with pip install pkvm", status.FAILED

@@ -74,8 +74,6 @@ def execute(args: argparse.Namespace) -> int:
         started = time.perf_counter()
         outcome = vmm.run(args.timeout)
         seconds = time.perf_counter() - started
-    if trace is not None:
-        trace.finish()
     result = Result(vmm, outcome, seconds, console.text, pages, counting, probes)
     if args.json:
         print(as_json(result))
@@ -88,6 +86,17 @@ def execute(args: argparse.Namespace) -> int:
 
 def _open_trace(path: str, tee: CountingRecorder, stack: ExitStack) -> JsonLinesRecorder:
     # Imported here: only a trace needs json on the way in.
-    from pkvm.trace.jsonl import JsonLinesRecorder
+    from pkvm.trace.jsonl import JsonLinesRecorder, TraceError
 
-    return JsonLinesRecorder(stack.enter_context(Path(path).open("w", encoding="utf-8")), tee=tee)
+    file = stack.enter_context(Path(path).open("w", encoding="utf-8"))
+    trace = JsonLinesRecorder(file, tee=tee)
+
+    def finish() -> None:
+        try:
+            with file:
+                trace.finish()
+        except OSError as error:
+            raise TraceError(f"{path}: the trace is not whole: {error.strerror}") from error
+
+    stack.callback(finish)
+    return trace

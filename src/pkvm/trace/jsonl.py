@@ -17,6 +17,10 @@ from pkvm.events import KINDS, SCHEMA_VERSION, Event, Recorder
 HEADER_KIND = "header"
 
 
+class TraceError(Exception):
+    """A trace could not be written to its end; the text says which and why."""
+
+
 class JsonLinesRecorder:
     """Writes every event to `file`, and passes it on to `tee` if there is one.
 
