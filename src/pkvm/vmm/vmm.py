@@ -44,6 +44,7 @@ from pkvm.vmm.pl011 import Pl011
 from pkvm.vmm.sharing import Sharing
 
 PAGE_SHIFT = 12
+PAGE_MASK = (1 << PAGE_SHIFT) - 1
 KICK_AGAIN_S = 0.1
 """A vCPU that has not come home after this long is kicked once more."""
 
@@ -270,23 +271,24 @@ class Vmm:
             self._ended.set()
 
     def _serve(self, vcpu: Vcpu) -> Outcome:
-        run, complete, devices = vcpu.run, vcpu.complete, self.devices
+        run, complete = vcpu.run, vcpu.complete
+        devices, lock = self.devices, self._device_lock
         while True:
             try:
                 exit_ = run()
             except OSError as error:
                 return Outcome("kernel-error", f"KVM_RUN of vCPU {vcpu.id}: {error}")
             if type(exit_) is Mmio:
-                device = devices.get(exit_.address >> PAGE_SHIFT)
-                offset = exit_.address & (1 << PAGE_SHIFT) - 1
-                with self._device_lock:
+                address, size, data, is_write = exit_
+                device = devices.get(address >> PAGE_SHIFT)
+                with lock:
                     if device is None:
                         self.stray_accesses += 1
                         complete(exit_, 0)
-                    elif exit_.is_write:
-                        device.write(offset, exit_.size, exit_.data)
+                    elif is_write:
+                        device.write(address & PAGE_MASK, size, data)
                     else:
-                        complete(exit_, device.read(offset, exit_.size))
+                        complete(exit_, device.read(address & PAGE_MASK, size))
                 continue
             outcome = self._outcome_of(vcpu, exit_)
             if outcome is not None:
