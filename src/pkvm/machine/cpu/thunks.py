@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Native code between libunicorn and Python: the paths too hot for Python.
+
+libunicorn calls a hook for every exception and, if asked, for every translated
+block. Both would cost a Python call (about 0.5 us), where most exceptions are
+for EL1 and most blocks only want counting. So the hooks are a few machine
+instructions in an executable page:
+
+* An exception for EL1 is taken there and then (`arm_cpu_do_interrupt`).
+* An exception for EL2 from AArch64 state fills ESR_EL2, and FAR_EL2 for an
+  abort, and calls the VECTOR callback, which takes no arguments.
+* Everything else (AArch32 state, translations in doubt, the unexpected) goes to
+  the SLOW callback, which takes a hook's arguments and could do it all: it is
+  the hook itself on hosts without native code.
+* A block adds one to the counter, or stops emulation when the limit is reached,
+  before it executes.
+* An exception for EL1 with no block executed since the one before means that
+  the vector itself cannot be fetched. It counts as a block, so that a guest
+  that only faults cannot outlast its slice.
+
+The code is position-independent and the same for every engine; addresses come
+from a pool of 8-byte words behind it. The words of COUNTERS are blocks so far,
+limit, whether the limit stopped emulation, and blocks at the last exception
+taken to EL1. Both versions were assembled from the instructions in the
+comments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import platform
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+POOL = (
+    "UC",
+    "CPU",
+    "DO_INTERRUPT",
+    "EMU_STOP",
+    "VECTOR",
+    "SLOW",
+    "COUNTERS",
+    "NO_EXIT",
+    "TARGET_EL",
+    "AARCH64",
+    "SYNDROME",
+    "ESR_EL2",
+    "VADDRESS",
+    "FAR_EL2",
+)
+"""What the pool's words point to, in order."""
+POOL_OFFSET = 0x100
+COUNTER_WORDS = 4
+COUNT, LIMIT, LIMIT_REACHED, LAST_DELIVERY = range(COUNTER_WORDS)
+"""Indices of the words at COUNTERS."""
+NO_LIMIT = (1 << 64) - 1
+LAST_ARCHITECTURAL = 13
+"""Highest QEMU exception number that `arm_cpu_do_interrupt` may be given from a hook."""
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCode:
+    """Machine code of one host architecture and the offsets of its two entries."""
+
+    text: bytes
+    exception: int
+    block: int
+
+
+# System V: rdi = uc, esi = exception number; nothing else of the arguments is used.
+X86_64 = NativeCode(
+    text=bytes.fromhex(
+        # exception:
+        "48 8b 05 31 01 00 00"  # mov rax,[NO_EXIT]
+        "80 38 01"  # cmp byte [rax],0x1
+        "0f 85 93 00 00 00"  # jne slow
+        "83 fe 0d"  # cmp esi,0xd
+        "0f 87 8a 00 00 00"  # ja slow
+        "48 8b 05 20 01 00 00"  # mov rax,[TARGET_EL]
+        "8b 00"  # mov eax,dword [rax]
+        "83 f8 02"  # cmp eax,0x2
+        "74 3b"  # je to_el2
+        "83 f8 01"  # cmp eax,0x1
+        "75 77"  # jne slow
+        "48 83 ec 08"  # sub rsp,0x8
+        "48 8b 3d d1 00 00 00"  # mov rdi,[CPU]
+        "ff 15 d3 00 00 00"  # call [DO_INTERRUPT]
+        "48 83 c4 08"  # add rsp,0x8
+        "48 8b 15 e8 00 00 00"  # mov rdx,[COUNTERS]
+        "48 8b 02"  # mov rax,[rdx]
+        "48 3b 42 18"  # cmp rax,[rdx+0x18]
+        "75 0c"  # jne delivered
+        "48 3b 42 08"  # cmp rax,[rdx+0x8]
+        "73 69"  # jae stop
+        "48 ff c0"  # inc rax
+        "48 89 02"  # mov [rdx],rax
+        # delivered:
+        "48 89 42 18"  # mov [rdx+0x18],rax
+        "c3"  # ret
+        # to_el2:
+        "48 8b 05 df 00 00 00"  # mov rax,[AARCH64]
+        "83 38 00"  # cmp dword [rax],0x0
+        "74 35"  # je slow
+        "48 8b 05 db 00 00 00"  # mov rax,[SYNDROME]
+        "8b 00"  # mov eax,dword [rax]
+        "48 8b 15 da 00 00 00"  # mov rdx,[ESR_EL2]
+        "48 89 02"  # mov [rdx],rax
+        "8d 46 fd"  # lea eax,[rsi-0x3]
+        "83 f8 01"  # cmp eax,0x1
+        "77 14"  # ja vector
+        "48 8b 05 d0 00 00 00"  # mov rax,[VADDRESS]
+        "48 8b 00"  # mov rax,[rax]
+        "48 8b 15 ce 00 00 00"  # mov rdx,[FAR_EL2]
+        "48 89 02"  # mov [rdx],rax
+        # vector:
+        "ff 25 7d 00 00 00"  # jmp [VECTOR]
+        # slow:
+        "ff 25 7f 00 00 00"  # jmp [SLOW]
+        # block:
+        "48 8b 15 80 00 00 00"  # mov rdx,[COUNTERS]
+        "48 8b 02"  # mov rax,[rdx]
+        "48 3b 42 08"  # cmp rax,[rdx+0x8]
+        "73 07"  # jae stop
+        "48 ff c0"  # inc rax
+        "48 89 02"  # mov [rdx],rax
+        "c3"  # ret
+        # stop:
+        "48 c7 42 10 01 00 00 00"  # mov [rdx+0x10],0x1
+        "48 8b 3d 31 00 00 00"  # mov rdi,[UC]
+        "ff 25 43 00 00 00"  # jmp [EMU_STOP]
+    ),
+    exception=0,
+    block=169,
+)
+
+# AAPCS64: x0 = uc, w1 = exception number.
+AARCH64 = NativeCode(
+    text=bytes.fromhex(
+        # exception:
+        "c9 09 00 58"  # ldr x9, NO_EXIT
+        "29 01 40 39"  # ldrb w9, [x9]
+        "3f 05 00 71"  # cmp w9, #0x1
+        "41 05 00 54"  # b.ne slow
+        "3f 34 00 71"  # cmp w1, #0xd
+        "08 05 00 54"  # b.hi slow
+        "49 09 00 58"  # ldr x9, TARGET_EL
+        "29 01 40 b9"  # ldr w9, [x9]
+        "3f 09 00 71"  # cmp w9, #0x2
+        "80 02 00 54"  # b.eq to_el2
+        "3f 05 00 71"  # cmp w9, #0x1
+        "41 04 00 54"  # b.ne slow
+        "fd 7b bf a9"  # stp x29, x30, [sp, #-16]!
+        "fd 03 00 91"  # mov x29, sp
+        "80 06 00 58"  # ldr x0, CPU
+        "a9 06 00 58"  # ldr x9, DO_INTERRUPT
+        "20 01 3f d6"  # blr x9
+        "fd 7b c1 a8"  # ldp x29, x30, [sp], #16
+        "4a 07 00 58"  # ldr x10, COUNTERS
+        "4b 31 40 a9"  # ldp x11, x12, [x10]
+        "4d 0d 40 f9"  # ldr x13, [x10, #24]
+        "7f 01 0d eb"  # cmp x11, x13
+        "a1 00 00 54"  # b.ne delivered
+        "7f 01 0c eb"  # cmp x11, x12
+        "c2 03 00 54"  # b.cs stop
+        "6b 05 00 91"  # add x11, x11, #0x1
+        "4b 01 00 f9"  # str x11, [x10]
+        # delivered:
+        "4b 0d 00 f9"  # str x11, [x10, #24]
+        "c0 03 5f d6"  # ret
+        # to_el2:
+        "a9 06 00 58"  # ldr x9, AARCH64
+        "29 01 40 b9"  # ldr w9, [x9]
+        "c9 01 00 34"  # cbz w9, slow
+        "89 06 00 58"  # ldr x9, SYNDROME
+        "29 01 40 b9"  # ldr w9, [x9]
+        "8a 06 00 58"  # ldr x10, ESR_EL2
+        "49 01 00 f9"  # str x9, [x10]
+        "29 0c 00 51"  # sub w9, w1, #0x3
+        "3f 05 00 71"  # cmp w9, #0x1
+        "a8 00 00 54"  # b.hi vector
+        "29 06 00 58"  # ldr x9, VADDRESS
+        "29 01 40 f9"  # ldr x9, [x9]
+        "2a 06 00 58"  # ldr x10, FAR_EL2
+        "49 01 00 f9"  # str x9, [x10]
+        # vector:
+        "a9 03 00 58"  # ldr x9, VECTOR
+        "20 01 1f d6"  # br x9
+        # slow:
+        "a9 03 00 58"  # ldr x9, SLOW
+        "20 01 1f d6"  # br x9
+        # block:
+        "aa 03 00 58"  # ldr x10, COUNTERS
+        "4b 31 40 a9"  # ldp x11, x12, [x10]
+        "7f 01 0c eb"  # cmp x11, x12
+        "82 00 00 54"  # b.cs stop
+        "6b 05 00 91"  # add x11, x11, #0x1
+        "4b 01 00 f9"  # str x11, [x10]
+        "c0 03 5f d6"  # ret
+        # stop:
+        "29 00 80 d2"  # mov x9, #0x1
+        "49 09 00 f9"  # str x9, [x10, #16]
+        "00 01 00 58"  # ldr x0, UC
+        "a9 01 00 58"  # ldr x9, EMU_STOP
+        "20 01 1f d6"  # br x9
+    ),
+    exception=0,
+    block=188,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeHooks:
+    """The two hooks, as addresses to give to `uc_hook_add`; alive as long as this object."""
+
+    exception: int
+    block: int
+    _page: mmap.mmap
+
+
+def image(code: NativeCode, pool: Mapping[str, int]) -> bytes:
+    """`code` with its pool behind it. Raises KeyError if `pool` lacks a word."""
+    words = struct.pack(f"<{len(POOL)}Q", *(pool[name] for name in POOL))
+    return code.text.ljust(POOL_OFFSET, b"\0") + words
+
+
+_HOSTS = {
+    ("linux", "x86_64"): X86_64,
+    ("darwin", "x86_64"): X86_64,
+    ("linux", "aarch64"): AARCH64,
+}
+
+
+def host_code() -> NativeCode | None:
+    """The code for this host, or None if there is none."""
+    return _HOSTS.get((sys.platform, platform.machine()))
+
+
+def build(pool: Mapping[str, int]) -> NativeHooks | None:
+    """Native hooks with `pool`'s addresses; None where they cannot be had: an unknown host, or one
+    that refuses writable and executable memory."""
+    code = host_code()
+    if code is None:
+        return None
+    try:
+        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    except OSError:
+        return None
+    data = image(code, pool)
+    page[: len(data)] = data
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    if code is AARCH64 and not _synchronise_instruction_cache(address, len(data)):
+        return None
+    return NativeHooks(address + code.exception, address + code.block, page)
+
+
+def _synchronise_instruction_cache(address: int, length: int) -> bool:
+    """Make written code visible to instruction fetch; False if the host offers no means."""
+    try:
+        clear_cache = ctypes.CDLL("libgcc_s.so.1")["__clear_cache"]
+    except (OSError, AttributeError):
+        return False
+    clear_cache.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    clear_cache.restype = None
+    clear_cache(address, address + length)
+    return True

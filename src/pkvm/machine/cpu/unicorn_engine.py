@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`UnicornEngine`: the CPU engine on libunicorn 2.1.4.
+
+One engine is one physical CPU: Cortex-A72 or QEMU's "max", with EL2 and EL3,
+started in non-secure EL1. All RAM is one region; libunicorn's own stage-2 walker
+reads the descriptors in it. Its hooks hand exceptions for EL2 to `vector` from
+inside `run`, and take those for EL1 natively (`thunks`).
+
+What libunicorn does in its own way, and what is done about it here:
+
+* It checks for an exit after each load and store, and then replays the
+  instruction: `no_exit_request` prevents such translations. Thumb code clears
+  it; where it is found clear, all translations are dropped.
+* `uc_emu_start` treats PC 0 as the place to stop: exits are switched off.
+* A stop that comes just before a start is forgotten: see `exclusion`. `run`
+  starts again after a stop that nobody asked for.
+* A pending virtual interrupt is taken while emulation stops, and would change
+  PC under an exit to EL2: the lines are dropped for the time outside.
+* An access where nothing answers ends emulation: it becomes an external abort
+  in the guest. WFI that EL2 does not trap completes at once, as it may.
+* Hardware breakpoints live outside the saved context and would follow the
+  engine into another VM: their registers store, and nothing matches.
+* Half-precision decoding ends the process at some unallocated encodings:
+  FEAT_FP16 is taken out of "max".
+* Without an EL3, SMC is undefined (SCR_EL3.SMD) unless HCR_EL2.TSC traps it.
+
+Registers belong to the thread that runs the guest. `interrupt`, `flush_tlb`,
+`invalidate_code` and `set_virtual_irq` may be called from any thread; they must
+not be called from a signal handler, except `interrupt`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from unicorn import arm64_const
+from unicorn import unicorn_const as uc
+
+from pkvm.arm64 import bits
+from pkvm.arm64 import esr as syndrome
+from pkvm.arm64 import registers as reg
+from pkvm.machine.cpu import selfcheck, thunks
+from pkvm.machine.cpu.context import CpuContext
+from pkvm.machine.cpu.engine import StopReason
+from pkvm.machine.cpu.errors import EngineError
+from pkvm.machine.cpu.exclusion import INSIDE, INTERRUPTED, WAITING, CpuOwnership
+from pkvm.machine.cpu.library import (
+    BLOCK_HOOK,
+    CALLBACK,
+    CTL_WRITE_ONE,
+    INTERRUPT_HOOK,
+    Library,
+)
+from pkvm.machine.cpu.sysregs import AARCH64_KEY
+from pkvm.machine.cpu.timers import GenericTimer
+from pkvm.machine.cpu.unicorn_layout import LAYOUT
+from pkvm.machine.memory import PAGE_SIZE, PhysicalMemory
+
+CPU_MODELS = {
+    "cortex-a72": arm64_const.UC_CPU_ARM64_A72,
+    "max": arm64_const.UC_CPU_ARM64_MAX,
+}
+TRANSLATION_BUFFER = 128 << 20
+"""Bytes of host code that translations may take before all are dropped."""
+
+SCR_EL3 = 1 << 0 | 1 << 7 | 1 << 8 | 1 << 10
+"""NS, SMD, HCE, RW."""
+SCR_EL3_PAUTH = 1 << 16 | 1 << 17
+"""APK, API."""
+CPTR_EL3_EZ = 1 << 8
+ZCR_EL2 = reg.SysReg(3, 4, 1, 2, 0)
+ZCR_EL3 = reg.SysReg(3, 6, 1, 2, 0)
+ZCR_LONGEST = 15
+
+PFR0_FP16 = 1 << 16 | 1 << 20
+"""ID_AA64PFR0_EL1: FP and AdvSIMD with half precision (0 is without, 0xF is none at all)."""
+
+_DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in range(4, 8)]
+_NOTHING_ANSWERS = {
+    uc.UC_ERR_READ_UNMAPPED: False,
+    uc.UC_ERR_WRITE_UNMAPPED: True,
+}
+"""Errors of `uc_emu_start` for an access outside RAM; whether it was a write."""
+_FNV = syndrome.ABORT_ISS["FnV"].mask
+_ABORTS = (3, 4)
+"""QEMU's numbers of the exceptions that have a faulting address: prefetch and data abort."""
+_LINES = LAYOUT.interrupt_virq | LAYOUT.interrupt_vfiq
+_proven: set[str] = set()
+"""Libraries that passed the self-test in this process."""
+
+
+class UnicornEngine(CpuContext):
+    """One physical CPU that executes guest code in `memory`; implements `CpuEngine`.
+
+    `count_blocks` makes `blocks` count and `set_slice` possible. `counter` replaces the host's
+    clock as the physical counter (62.5 MHz ticks); it is called in the middle of guest code and
+    must not touch the engine. Raises EngineError if libunicorn is not the 2.1.4 wheel, ValueError
+    for an unknown CPU model.
+    """
+
+    def __init__(
+        self,
+        memory: PhysicalMemory,
+        *,
+        cpu_model: str = "cortex-a72",
+        count_blocks: bool = False,
+        counter: Callable[[], int] | None = None,
+    ) -> None:
+        if cpu_model not in CPU_MODELS:
+            raise ValueError(f"no CPU model {cpu_model!r}; there are {', '.join(CPU_MODELS)}")
+        library = Library()
+        selfcheck.require_version(library, LAYOUT)
+        if library.path not in _proven:
+            _proven.add(library.path)
+            try:
+                selfcheck.prove(library, UnicornEngine)
+            except BaseException:
+                _proven.discard(library.path)
+                raise
+        self._closed = True
+        handle = ctypes.c_void_p()
+        status = library.uc_open(uc.UC_ARCH_ARM64, uc.UC_MODE_ARM, ctypes.byref(handle))
+        library.check(status, "make an AArch64 engine")
+        self._handle = handle
+        self._finalizer = weakref.finalize(self, library.uc_close, handle)
+        self._finalizer.atexit = False
+        try:
+            _configure(library, handle, memory, CPU_MODELS[cpu_model])
+            addresses = selfcheck.find_cpu(library, LAYOUT, handle.value or 0)
+            super().__init__(library, LAYOUT, addresses, memory)
+            self._set_up(count_blocks, counter)
+        except BaseException:
+            self._finalizer()
+            raise
+        self._closed = False
+
+    def _set_up(self, count_blocks: bool, counter: Callable[[], int] | None) -> None:
+        library, addresses = self._library, self._addresses
+        self._counting = count_blocks
+        self._counters = memoryview((ctypes.c_uint64 * thunks.COUNTER_WORDS)()).cast("B").cast("Q")
+        self._counters[thunks.LIMIT] = thunks.NO_LIMIT
+        no_exit = ctypes.c_uint8.from_address(addresses.uc + LAYOUT.uc_no_exit_request)
+        self._no_exit: memoryview[int] = memoryview(no_exit).cast("B")
+        self._no_exit[0] = 1
+        self._requests = ctypes.c_uint32.from_address(addresses.cpu + LAYOUT.cpu_interrupt_request)
+        self._lines_dropped = False
+        self._stopping = threading.Lock()
+        self._ownership = CpuOwnership(self._stop)
+        self._running = threading.Lock()
+        self._runner = 0
+        self._reason: StopReason | None = None
+        self._error: BaseException | None = None
+        _hide_half_precision(addresses.env + LAYOUT.isar_id_aa64pfr0)
+        self._install_hooks()
+        self.vector = _no_vector
+        self._program_reset_state()
+        self._counter = counter
+        read_counter = None if counter is None else self._read_counter
+        GenericTimer(self._sysregs, LAYOUT, self._words, read_counter)
+        for register in _DEBUG_REGISTERS:
+            self._sysregs.store_writes(AARCH64_KEY | register.one_reg)
+        ram = library.qemu_ram_addr_from_host(addresses.uc, self._memory.host_address)
+        self._ram_address_shift = ram - self._memory.ram_base
+
+    def _install_hooks(self) -> None:
+        library, addresses = self._library, self._addresses
+        self._on_vector, self._set_vector = self._make_vector_entry()
+        self._vector_callback = CALLBACK(self._on_vector)
+        self._slow_callback = INTERRUPT_HOOK(self._on_exception)
+        self._block_callback = BLOCK_HOOK(self._on_block)
+        exception_hook = _address(self._slow_callback)
+        block_hook = _address(self._block_callback)
+        env = addresses.env
+        pool = {
+            "UC": addresses.uc,
+            "CPU": addresses.cpu,
+            "DO_INTERRUPT": library.address_of("arm_cpu_do_interrupt"),
+            "EMU_STOP": library.address_of("uc_emu_stop"),
+            "VECTOR": _address(self._vector_callback),
+            "SLOW": exception_hook,
+            "COUNTERS": ctypes.addressof(ctypes.c_uint64.from_buffer(self._counters)),
+            "NO_EXIT": addresses.uc + LAYOUT.uc_no_exit_request,
+            "TARGET_EL": env + LAYOUT.target_el,
+            "AARCH64": env + LAYOUT.aarch64,
+            "SYNDROME": env + LAYOUT.syndrome,
+            "ESR_EL2": env + 8 * self._esr_el2_word,
+            "VADDRESS": env + LAYOUT.vaddress,
+            "FAR_EL2": env + 8 * self._far_el2_word,
+        }
+        self._native = thunks.build(pool)
+        if self._native is not None:
+            exception_hook, block_hook = self._native.exception, self._native.block
+        self.add_hook(uc.UC_HOOK_INTR, exception_hook)
+        if self._counting:
+            self.add_hook(uc.UC_HOOK_BLOCK, block_hook)
+
+    def _program_reset_state(self) -> None:
+        """EL3 as firmware leaves it, EL2 with nothing trapped, EL1 just reset."""
+        scr = SCR_EL3
+        has_pauth = self.read_sysreg(reg.ID_AA64ISAR1_EL1) & 0xFF0
+        if has_pauth:
+            scr |= SCR_EL3_PAUTH
+        self.write_sysreg(reg.SCR_EL3, scr)
+        self.write_sysreg(reg.HCR_EL2, reg.hcr("RW", *(("API", "APK") if has_pauth else ())))
+        self.write_sysreg(reg.CPTR_EL3, CPTR_EL3_EZ)
+        self.write_sysreg(reg.CPTR_EL2, reg.CPTR_RES1)
+        if self.read_sysreg(reg.ID_AA64PFR0_EL1) >> 32 & 0xF:
+            self.write_sysreg(ZCR_EL2, ZCR_LONGEST)
+            self.write_sysreg(ZCR_EL3, ZCR_LONGEST)
+        self._make_pristine()
+
+    def add_hook(self, kind: int, address: int) -> int:
+        """Add a hook of libunicorn's (UC_HOOK_*) by the address of a C function that outlives the
+        engine; the handle is for `remove_hook`. For measurements: hooks add up."""
+        handle = ctypes.c_size_t()
+        status = self._library.uc_hook_add(
+            self._handle, ctypes.byref(handle), kind, address, None, 1, 0
+        )
+        self._library.check(status, "add a hook")
+        return handle.value
+
+    def remove_hook(self, handle: int) -> None:
+        """Remove a hook that `add_hook` added."""
+        self._library.check(self._library.uc_hook_del(self._handle, handle), "remove a hook")
+
+    # Hooks, called by libunicorn while the guest owns the CPU
+
+    def _make_vector_entry(self) -> tuple[Callable[[], None], Callable[[Callable[[], bool]], None]]:
+        """The function that the hook calls for an exception taken from AArch64 state to EL2, with
+        ESR_EL2 and FAR_EL2 set; and the one that gives it EL2's vector. Every hypercall of a guest
+        passes here, so all that it needs is local to it."""
+        flags = self._ownership.flags
+        vector: Callable[[], bool] = _no_vector
+
+        def enter() -> None:
+            flags[INSIDE] = False
+            try:
+                again = vector()
+            except BaseException as error:  # whatever EL2 raises belongs to who called run
+                self._error = error
+                again = False
+            flags[INSIDE] = True
+            if again and not (flags[WAITING] or flags[INTERRUPTED]):
+                return
+            self._after_vector(again)
+
+        def set_vector(new: Callable[[], bool]) -> None:
+            nonlocal vector
+            vector = new
+
+        return enter, set_vector
+
+    def _after_vector(self, again: bool) -> None:
+        """The vector does not want the guest to go on, or somebody else does not."""
+        self._ownership.give_way()
+        if again and not self._ownership.flags[INTERRUPTED]:
+            return
+        if not again:
+            self._reason = StopReason.VECTOR
+            self._drop_lines()
+        self._library.uc_emu_stop(self._handle)
+
+    @property
+    def vector(self) -> Callable[[], bool]:
+        """EL2's exception vector."""
+        return self._vector
+
+    @vector.setter
+    def vector(self, vector: Callable[[], bool]) -> None:
+        self._vector = vector
+        self._set_vector(vector)
+
+    def _on_exception(self, _uc: int, number: int, _data: int) -> None:
+        """Any exception: the whole of what the native hook does, and the rest."""
+        if self._no_exit[0] != 1:
+            self._drop_translations()
+        target = self._halves[LAYOUT.target_el >> 2]
+        if number > thunks.LAST_ARCHITECTURAL or target not in (1, 2):
+            self._error = EngineError(
+                f"libunicorn raised exception {number} to EL{target} at PC {self.pc:#x}"
+            )
+            self._library.uc_emu_stop(self._handle)
+            return
+        if target == 1:
+            self._library.arm_cpu_do_interrupt(self._addresses.cpu)
+            self._charge_delivery()
+            return
+        self._words[self._esr_el2_word] = self._halves[LAYOUT.syndrome >> 2]
+        if number in _ABORTS:
+            self._words[self._far_el2_word] = self._words[LAYOUT.vaddress >> 3]
+        if self._halves[self._aarch64_half]:
+            self._on_vector()
+            return
+        self._leave_aarch32()
+        self._on_vector()
+        if not self._halves[self._aarch64_half]:
+            self._enter_aarch32()
+
+    def _on_block(self, _uc: int, _address: int, _size: int, _data: int) -> None:
+        counters = self._counters
+        if counters[thunks.COUNT] >= counters[thunks.LIMIT]:
+            counters[thunks.LIMIT_REACHED] = 1
+            self._library.uc_emu_stop(self._handle)
+            return
+        counters[thunks.COUNT] += 1
+
+    def _charge_delivery(self) -> None:
+        """An exception was taken to EL1: it counts as a block if none ran since the one before."""
+        counters = self._counters
+        if counters[thunks.COUNT] == counters[thunks.LAST_DELIVERY]:
+            if counters[thunks.COUNT] >= counters[thunks.LIMIT]:
+                counters[thunks.LIMIT_REACHED] = 1
+                self._library.uc_emu_stop(self._handle)
+                return
+            counters[thunks.COUNT] += 1
+        counters[thunks.LAST_DELIVERY] = counters[thunks.COUNT]
+
+    def _read_counter(self) -> int:
+        """The physical counter, from `counter`; called from inside guest code."""
+        assert self._counter is not None
+        try:
+            return self._counter() & bits.MASK64
+        except BaseException as error:  # belongs to who called run
+            self._error = error
+            self._library.uc_emu_stop(self._handle)
+            return 0
+
+    # Running
+
+    def run(self) -> StopReason:
+        """Run the guest until EL2 gets the CPU back; what `vector` or `counter` raised is raised
+        again here. Raises EngineError if a run is under way or the engine is closed."""
+        if not self._running.acquire(blocking=False):
+            raise EngineError("the engine is running already; its vector must not run it again")
+        flags = self._ownership.flags
+        try:
+            self._runner = threading.get_ident()
+            flags[INSIDE] = True
+            while True:
+                if flags[WAITING]:
+                    self._ownership.give_way()
+                if self._closed:
+                    raise EngineError("the engine is closed")
+                if flags[INTERRUPTED]:
+                    flags[INTERRUPTED] = False
+                    return StopReason.INTERRUPT
+                reason = self._emulate()
+                if reason is not None:
+                    return reason
+        finally:
+            flags[INSIDE] = False
+            self._runner = 0
+            self._running.release()
+
+    def _emulate(self) -> StopReason | None:
+        """Start emulation once; None if it ended for no reason that EL2 knows."""
+        if self._no_exit[0] != 1:
+            self._drop_translations()
+        if self._lines_dropped:
+            self._lines_dropped = False
+            self._update_lines()
+        aarch64, half = self._halves, self._aarch64_half
+        if not aarch64[half]:
+            self._enter_aarch32()
+        status = self._library.uc_emu_start(self._handle, self._words[self._pc_word], 0, 0, 0)
+        if not aarch64[half]:
+            self._leave_aarch32()
+        if self._error is not None:
+            error, self._error = self._error, None
+            self._reason = None
+            raise error
+        if self._reason is not None:
+            reason, self._reason = self._reason, None
+            return reason
+        if status:
+            self._external_abort(status)
+        if self._counters[thunks.LIMIT_REACHED]:
+            self._counters[thunks.LIMIT_REACHED] = 0
+            self._counters[thunks.LIMIT] = thunks.NO_LIMIT
+            return StopReason.SLICE
+        return None
+
+    def _external_abort(self, status: int) -> None:
+        """The guest reached for a PA where nothing answers: a synchronous external abort to EL1."""
+        from_el0 = self.pstate & reg.PSTATE_MODE_MASK in (reg.PSTATE_EL0T, reg.PSTATE_NRW)
+        if status == uc.UC_ERR_FETCH_UNMAPPED:
+            exception = syndrome.EC.IABT_LOW if from_el0 else syndrome.EC.IABT_CUR
+            iss, far = syndrome.FSC_EXTERNAL, self.pc
+        elif status in _NOTHING_ANSWERS:
+            exception = syndrome.EC.DABT_LOW if from_el0 else syndrome.EC.DABT_CUR
+            iss, far = syndrome.FSC_EXTERNAL | _FNV, 0
+            if _NOTHING_ANSWERS[status]:
+                iss |= syndrome.WNR
+        else:
+            self._library.check(status, f"go on at PC {self.pc:#x}")
+            return
+        self.take_exception_to_el1(exception << syndrome.EC_SHIFT | syndrome.IL | iss, far)
+        self._charge_delivery()
+
+    def _drop_translations(self) -> None:
+        """Drop all translations, since some check for an exit after loads and stores."""
+        self._no_exit[0] = 1
+        self._library.tb_flush(self._addresses.cpu)
+
+    def _drop_lines(self) -> None:
+        if self._requests.value & _LINES:
+            self._requests.value &= ~_LINES
+            self._lines_dropped = True
+
+    # From any thread
+
+    def interrupt(self) -> None:
+        """A physical interrupt to EL2: `run` returns `StopReason.INTERRUPT`, at its next call if
+        none is under way. The guest has left the CPU when this returns."""
+        self._ownership.flags[INTERRUPTED] = True
+        if not self._ownership.flags[INSIDE]:
+            return
+        if self._runner == threading.get_ident():
+            # A signal handler broke into `run`, and cannot wait for the code that it broke into.
+            threading.Thread(target=self._push_out, daemon=True).start()
+            return
+        self._push_out()
+
+    def _push_out(self) -> None:
+        with self._ownership:
+            pass
+
+    def _stop(self) -> None:
+        """Ask libunicorn to leave guest code; from any thread."""
+        with self._stopping:
+            if not self._closed:
+                self._library.uc_emu_stop(self._handle)
+
+    def set_virtual_irq(self, level: bool) -> None:
+        """Drive the virtual IRQ line of the running context; the level is part of the context."""
+        with self._ownership:
+            half = LAYOUT.irq_line_state >> 2
+            lines = self._halves[half] & ~LAYOUT.interrupt_virq
+            self._halves[half] = lines | (LAYOUT.interrupt_virq if level else 0)
+            if not self._closed:
+                self._update_lines()
+
+    def flush_tlb(self) -> None:
+        """TLBI of everything below EL2, complete when it returns."""
+        with self._ownership:
+            if not self._closed:
+                self._library.tlb_flush(self._addresses.cpu)
+
+    def invalidate_code(self, pa: int, length: int) -> None:
+        """Forget translations of guest code in [pa, pa+length), bytes. Outside RAM there are
+        none, and the call does nothing."""
+        start = max(pa, self._memory.ram_base)
+        end = min(pa + length, self._memory.ram_end)
+        if start >= end:
+            return
+        shift = self._ram_address_shift
+        with self._ownership:
+            if not self._closed:
+                self._library.tb_invalidate_phys_range(
+                    self._addresses.uc, start + shift, end + shift
+                )
+
+    # Virtual time
+
+    @property
+    def blocks(self) -> int:
+        """Translated blocks executed so far; 0 for ever if counting is off."""
+        return self._counters[thunks.COUNT] if self._counting else 0
+
+    def set_slice(self, blocks: int | None) -> None:
+        """End the run after so many translated blocks from now, exactly and repeatably; None:
+        never. A slice outlasts runs that end otherwise, and is gone when it has ended one. Raises
+        ValueError if the engine was made without block counting, or for a negative number."""
+        if blocks is None:
+            self._counters[thunks.LIMIT] = thunks.NO_LIMIT
+            return
+        if not self._counting:
+            raise ValueError("this engine does not count blocks")
+        if blocks < 0:
+            raise ValueError(f"a slice has {blocks} blocks")
+        self._counters[thunks.LIMIT] = self._counters[thunks.COUNT] + blocks
+
+    def close(self) -> None:
+        """Free the engine. Idempotent. Registers keep their last values."""
+        with self._ownership:
+            if self._closed:
+                return
+            self._detach()
+            with self._stopping:
+                self._closed = True
+                self._finalizer()
+
+
+def _configure(
+    library: Library, handle: ctypes.c_void_p, memory: PhysicalMemory, model: int
+) -> None:
+    """Choose CPU and page size, and map RAM; the first register access makes the machine."""
+    for control, value in (
+        (uc.UC_CTL_CPU_MODEL, model),
+        (uc.UC_CTL_UC_PAGE_SIZE, PAGE_SIZE),
+        (uc.UC_CTL_TCG_BUFFER_SIZE, TRANSLATION_BUFFER),
+        (uc.UC_CTL_UC_USE_EXITS, 1),
+    ):
+        code = CTL_WRITE_ONE | control
+        library.check(library.uc_ctl(handle, code, ctypes.c_uint32(value)), "be configured")
+    pc = ctypes.c_uint64()
+    status = library.uc_reg_read(handle, arm64_const.UC_ARM64_REG_PC, ctypes.byref(pc))
+    library.check(status, "make the CPU")
+    status = library.uc_mem_map_ptr(
+        handle, memory.ram_base, memory.ram_bytes, uc.UC_PROT_ALL, memory.host_address
+    )
+    library.check(status, f"map {memory.ram_bytes:#x} bytes of RAM at {memory.ram_base:#x}")
+
+
+def _hide_half_precision(address: int) -> None:
+    """Take FEAT_FP16 out of ID_AA64PFR0_EL1 at `address`, keeping FP and AdvSIMD."""
+    pfr0 = ctypes.c_uint64.from_address(address)
+    if pfr0.value & PFR0_FP16 == PFR0_FP16:
+        pfr0.value &= ~PFR0_FP16
+
+
+def _address(callback: Any) -> int:
+    return ctypes.cast(callback, ctypes.c_void_p).value or 0
+
+
+def _no_vector() -> bool:
+    raise EngineError("an exception was taken to EL2, and `vector` was never set")
