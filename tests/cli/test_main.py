@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import pkvm
-from fakes.code import SPIN
+from fakes.code import POWER_OFF, SPIN, words
 from pkvm.cli import info, options, status, terminal
 from pkvm.cli.main import VERBS, main
 from pkvm.fdt import FdtError
@@ -43,7 +43,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     exits_with(0, "--help")
     text = capsys.readouterr().out
     assert all(verb in text for verb in VERBS)
-    assert all(words in text for words in status.WORDS.values())
+    assert all(meaning in text for meaning in status.WORDS.values())
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -53,7 +53,7 @@ def test_every_verb_has_help_and_json(verb: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "what"),
     [
         ([], "say what to do: run, info, ptdump"),
         (["fly"], "invalid choice: 'fly'"),
@@ -71,14 +71,14 @@ def test_every_verb_has_help_and_json(verb: str, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_bad_usage_is_one_line(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exits_with(status.USAGE, *arguments)
-    assert words in error_line(capsys)
+    assert what in error_line(capsys)
 
 
 @pytest.mark.parametrize(
-    ("error", "words", "code"),
+    ("error", "what", "code"),
     [
         (LoadError("the image is empty"), "the image is empty", status.USAGE),
         (FdtError("no tree"), "no tree", status.USAGE),
@@ -102,7 +102,7 @@ def test_bad_usage_is_one_line(
 )
 def test_every_error_is_one_line_and_a_status(
     error: BaseException,
-    words: str,
+    what: str,
     code: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -112,7 +112,7 @@ def test_every_error_is_one_line_and_a_status(
 
     monkeypatch.setattr(info, "execute", fail)
     assert main(["info"]) == code
-    assert words in error_line(capsys)
+    assert what in error_line(capsys)
 
 
 def test_debug_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +178,37 @@ def pkvm_process(*arguments: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", ["run", "run --json", "info"])
+def test_a_full_disk_is_one_line(arguments: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pkvm", *arguments.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == status.FAILED
+    assert done.stderr == (b"pkvm: error: the output cannot be written: No space left on device\n")
+
+
+def test_streams_that_were_closed_before_do_not_matter() -> None:
+    for closed in (">&-", "2>&-", "<&-"):
+        command = f"{sys.executable} -m pkvm run --memory 4M {closed}"
+        done = subprocess.run(command, shell=True, capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (status.OK, b"")
+
+
+def test_a_line_that_the_guest_left_open_is_closed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "image"
+    # x1 = 0x900_0000; strb wzr+"!", [x1]; then PSCI SYSTEM_OFF
+    image.write_bytes(words(0xD2A1_2001, 0x5280_0422, 0x3900_0022) + POWER_OFF)
+    assert main(["run", "--unprotected", str(image)]) == status.GOT_THROUGH
+    assert "\n!\n\nHow it ended" in capsys.readouterr().out
 
 
 def test_a_reader_that_goes_away_ends_the_run_quietly(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 import pkvm
-from pkvm.cli import options, status
+from pkvm.cli import options, status, terminal
 from pkvm.cli.report import DIALECT
 from pkvm.trace.counting import CountingRecorder
 from pkvm.uapi.kvm import Cap
@@ -33,9 +33,9 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps(facts))
+        terminal.write_line(json.dumps(facts))
     else:
-        print(_text(facts))
+        terminal.write_line(_text(facts))
     return status.OK
 
 

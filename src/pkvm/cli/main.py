@@ -19,7 +19,8 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 import pkvm
 from pkvm.cli import status
@@ -45,13 +46,15 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (default: the process's own); the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Python has None for a stream that was closed before it started.
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
         return _complain("interrupted", status.INTERRUPTED)
     except BrokenPipeError:
-        # Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = _nowhere()  # else Python complains once more when it flushes at exit
         return status.PIPE
     except Exception as error:
         # The last resort of a command for people: whatever went wrong, one line.
@@ -88,6 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _words(error: Exception) -> tuple[str, int]:
     """The line for an error, and the exit status."""
+    from pkvm.cli.terminal import OutputError
     from pkvm.fdt import FdtError
     from pkvm.firmware.image import FirmwareImageError
     from pkvm.machine.cpu.errors import EngineError
@@ -103,7 +107,7 @@ def _words(error: Exception) -> tuple[str, int]:
             return f"the kernel refused: {error.strerror or error}", status.FAILED
         case OSError():
             return f"{error.filename}: {error.strerror}", status.USAGE
-        case EngineError() | TraceError():
+        case EngineError() | TraceError() | OutputError():
             return str(error), status.FAILED
         case ModuleNotFoundError(name="numpy" | "unicorn" | "elftools"):
             return f"{error}: install it with pip install pkvm", status.FAILED
@@ -114,8 +118,11 @@ def _words(error: Exception) -> tuple[str, int]:
     )
 
 
+def _nowhere() -> TextIO:
+    return Path(os.devnull).open("w", encoding="utf-8")
+
+
 def _complain(text: str, exit_status: int) -> int:
-    sys.stdout.flush()
     line = " ".join(text.split())
     print(f"pkvm: error: {line}", file=sys.stderr)
     return exit_status

@@ -76,11 +76,11 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps({"outcome": outcome.kind, "at": at, "tables": seen[at]}))
+        terminal.write_line(json.dumps({"outcome": outcome.kind, "at": at, "tables": seen[at]}))
     else:
         if at != args.at:
             print("the guest never shared memory: these are the tables at its end", file=sys.stderr)
-        print("\n\n".join(seen[at].values()))
+        terminal.write_line("\n\n".join(seen[at].values()))
     return status.OK if outcome.kind == "powered-off" else status.FAILED
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,10 @@ def execute(args: argparse.Namespace) -> int:
         pages[moment.value] = system.census()
 
     with ExitStack() as stack:
-        trace = _open_trace(args.trace, counting, stack) if args.trace is not None else None
+        stack.callback(console.end_line)
+        trace = None
+        if args.trace is not None:
+            trace = stack.enter_context(_traced(args.trace, counting))
         system = options.make_system(
             args, counting if trace is None else trace, board.ram_bytes, firmware=firmware
         )
@@ -75,28 +79,25 @@ def execute(args: argparse.Namespace) -> int:
         outcome = vmm.run(args.timeout)
         seconds = time.perf_counter() - started
     result = Result(vmm, outcome, seconds, console.text, pages, counting, probes)
-    if args.json:
-        print(as_json(result))
-    else:
-        if console.inside_a_line:
-            print()
-        print(as_text(result, terminal.painter(sys.stdout)))
+    paint = terminal.painter(sys.stdout)
+    terminal.write_line(as_json(result) if args.json else as_text(result, paint))
     return result.status
 
 
-def _open_trace(path: str, tee: CountingRecorder, stack: ExitStack) -> JsonLinesRecorder:
+@contextmanager
+def _traced(path: str, tee: CountingRecorder) -> Iterator[JsonLinesRecorder]:
+    """A recorder that writes to a new file at `path`. Raises OSError if it cannot be made,
+    TraceError at the end if not all could be written."""
     # Imported here: only a trace needs json on the way in.
     from pkvm.trace.jsonl import JsonLinesRecorder, TraceError
 
-    file = stack.enter_context(Path(path).open("w", encoding="utf-8"))
-    trace = JsonLinesRecorder(file, tee=tee)
-
-    def finish() -> None:
+    with Path(path).open("w", encoding="utf-8") as file:
+        trace = JsonLinesRecorder(file, tee=tee)
         try:
-            with file:
-                trace.finish()
-        except OSError as error:
-            raise TraceError(f"{path}: the trace is not whole: {error.strerror}") from error
-
-    stack.callback(finish)
-    return trace
+            yield trace
+        finally:
+            try:
+                with file:
+                    trace.finish()
+            except OSError as error:
+                raise TraceError(f"{path}: the trace is not whole: {error.strerror}") from error

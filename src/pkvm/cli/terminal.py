@@ -23,6 +23,26 @@ def painter(stream: TextIO) -> Callable[[str, str], str]:
     return paint
 
 
+class OutputError(Exception):
+    """Stdout takes nothing more; the text says why."""
+
+
+def write(data: bytes) -> None:
+    """Write to stdout, at once. Raises OutputError; BrokenPipeError if nobody reads any more."""
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the output cannot be written: {error.strerror}") from error
+
+
+def write_line(text: str) -> None:
+    """Write a line to stdout. Errors as `write`."""
+    write(text.encode(errors="backslashreplace") + b"\n")
+
+
 class Console:
     """Takes what the guest writes; with `show` it goes to stdout at once, byte by byte."""
 
@@ -34,18 +54,17 @@ class Console:
         """Take some bytes."""
         self._bytes += data
         if self._show:
-            sys.stdout.buffer.write(data)
-            sys.stdout.buffer.flush()
+            write(data)
+
+    def end_line(self) -> None:
+        """If the guest left its last line open, close it on stdout."""
+        if self._show and self._bytes and not self._bytes.endswith(b"\n"):
+            write(b"\n")
 
     @property
     def text(self) -> str:
         """All of it; what is not UTF-8 shows as escapes."""
         return self._bytes.decode(errors="backslashreplace")
-
-    @property
-    def inside_a_line(self) -> bool:
-        """Whether the last byte was not the end of a line."""
-        return bool(self._bytes) and not self._bytes.endswith(b"\n")
 
 
 def read_input() -> bytes:
