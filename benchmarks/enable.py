@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 
 from common import Result, median_ratio
-
 from pkvm.events import NullRecorder
 from pkvm.system import System
 
@@ -16,9 +15,10 @@ PAIRS = 5
 
 
 def _measure(misalign: bool) -> tuple[float, float, float]:
-    with System(
-        memory=GIB + (96 << 20), recorder=NullRecorder(), misalign=misalign
-    ) as system, system.open() as kvm:
+    with (
+        System(memory=GIB + (96 << 20), recorder=NullRecorder(), misalign=misalign) as system,
+        system.open() as kvm,
+    ):
         memory = kvm.mmap(GIB)
         firmware = kvm.mmap(2 << 20)
         ram = system.machine.memory

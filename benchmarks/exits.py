@@ -12,16 +12,16 @@ import struct
 import time
 from collections.abc import Iterator
 
-from common import Result, median_ratio
 from unicorn import unicorn_const
 
+from common import Result, median_ratio
 from pkvm.arm64.smccc import Function
 from pkvm.events import NullRecorder
 from pkvm.machine.cpu.unicorn_engine import UnicornEngine
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.system import System
 from pkvm.vmm import board
-from pkvm.vmm.loader import load
+from pkvm.vmm.loader import load_image
 from pkvm.vmm.vmm import Vmm
 
 CALLS = 20_000
@@ -70,9 +70,7 @@ class _BareEngine(UnicornEngine):
 
     def add_hook(self, kind: int, address: int) -> int:
         if kind == unicorn_const.UC_HOOK_INTR:
-            prototype = ctypes.CFUNCTYPE(
-                None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p
-            )
+            prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
             self._bare = prototype(lambda _uc, _number, _data: None)
             address = ctypes.cast(self._bare, ctypes.c_void_p).value or 0
         return super().add_hook(kind, address)
@@ -104,8 +102,8 @@ def _guest_seconds(program: bytes) -> float:
     recorder that does nothing and without what it takes to make and end the VM."""
     with System(memory=64 << 20, firmware=program, recorder=NullRecorder()) as system:
         kvm = system.open()
-        image = load(b"\0" * 4096, name="nothing")
-        vmm = Vmm(kvm, board.Board(ram_bytes=8 << 20), image, console=lambda data: None)
+        small = board.Board(ram_bytes=8 << 20)
+        vmm = Vmm(kvm, small, load_image(bytes(4096), small), console=lambda data: None)
         start = time.perf_counter()
         outcome = vmm.run()
         seconds = time.perf_counter() - start

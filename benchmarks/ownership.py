@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common import Result
-
 from pkvm.hyp.vmemmap import vmemmap_bytes
 
 RAM = 1 << 30
