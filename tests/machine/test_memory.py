@@ -138,3 +138,15 @@ def test_windows_do_not_overlap(memory: PhysicalMemory) -> None:
     with pytest.raises(ValueError, match="overlaps RAM"):
         memory.add_window(Device().window(RAM - 0x800))
     assert [window.base for window in memory.windows] == [0x1000_0000, 0x1000_1000]
+
+
+@pytest.mark.parametrize("length", [4096, 1 << 20, 2 << 20, 4 << 20])
+def test_zeroed_memory_reads_as_zeroes_and_its_neighbours_stay(length: int) -> None:
+    memory = PhysicalMemory(0x8000_0000, 8 << 20)
+    memory.span(memory.ram_base, memory.ram_bytes).fill(0x5A5A)
+    memory.zero(0x8010_0000, length)
+    assert not memory.span(0x8010_0000, length).any()
+    assert memory.read_u64(0x8010_0000 - 8) == 0x5A5A
+    assert memory.read_u64(0x8010_0000 + length) == 0x5A5A
+    memory.write_u64(0x8010_0000, 7)
+    assert memory.words[0x10_0000 >> 3] == 7
