@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Python has None for a stream that was closed before it started.
     sys.stdout = sys.stdout or _nowhere()
     sys.stderr = sys.stderr or _nowhere()
+    # numpy's BLAS starts a thread for each core when it is imported; nothing here multiplies.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:
