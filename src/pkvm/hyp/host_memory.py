@@ -180,20 +180,22 @@ class HostMemory:
         if not self.enforced:
             return
         self._reserve(self._most_tables)
-        stage2 = self.stage2
-        _, entry, level = stage2.find(pa)
-        if level < LAST_LEVEL:
-            if entry & VALID:
-                stage2.put(pa, 0, level)
-                self._invalidate_host(NO_ADDRESS)
-            stage2.put(pa, annotation)
-        else:
-            stage2.put(pa, annotation)
+        stage2, dma = self.stage2, self.dma
+        index, entry, level = stage2.find(pa)
+        if level == LAST_LEVEL:
+            stage2.store(pa, index, entry, annotation)
             if entry & VALID:
                 self._invalidate_host(pa)
-        if self.dma.find(pa)[2] < LAST_LEVEL:
-            self.dma.split(pa)
-        self.dma.put(pa, 0)
+        else:
+            if entry & VALID:
+                stage2.store(pa, index, entry, 0)
+                self._invalidate_host(NO_ADDRESS)
+            stage2.put(pa, annotation)
+        index, entry, level = dma.find(pa)
+        if level < LAST_LEVEL:
+            dma.split(pa)
+            index, entry, level = dma.find(pa)
+        dma.store(pa, index, entry, 0)
         self._invalidate_dma(pa)
 
     def give_page(self, pa: int) -> None:
@@ -201,8 +203,13 @@ class HostMemory:
         if not self.enforced:
             return
         self._reserve(self._most_tables)
-        self.stage2.put(pa, pa | HOST_PAGE)
-        self.dma.put(pa, pa | DMA_PAGE)
+        index, entry, _ = self.stage2.find(pa)
+        self.stage2.store(pa, index, entry, pa | HOST_PAGE)
+        index, entry, level = self.dma.find(pa)
+        if level == LAST_LEVEL:
+            self.dma.store(pa, index, entry, pa | DMA_PAGE)
+        else:
+            self.dma.put(pa, pa | DMA_PAGE)
 
     def take_pages(self, pfns: Frames, annotations: Entries) -> None:
         """The host loses these pages, which rise, to the owners that the annotations name."""

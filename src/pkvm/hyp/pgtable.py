@@ -151,9 +151,15 @@ class Stage2:
         old = words[index]
         if is_table(old, level):
             raise HypBug(f"a table stands where a leaf must go, IPA {ipa:#x}")
+        self.store(ipa, index, old, entry)
+        return old
+
+    def store(self, ipa: int, index: int, old: int, entry: int) -> None:
+        """Write `entry` over the leaf or empty entry `old` that `find` saw for `ipa` at `index`,
+        with the rules of `put`: for those who looked anyway."""
         if old & VALID and entry & VALID and (old ^ entry) & ~SW_STATE_MASK:
             raise HypBug(f"make without break, IPA {ipa:#x}")
-        words[index] = entry
+        self._words[index] = entry
         if entry:
             if not old:
                 self.refcount[index >> 9] += 1
@@ -161,7 +167,6 @@ class Stage2:
             self.refcount[index >> 9] -= 1
             if self.refcount[index >> 9] == 1:
                 self.prune(ipa)
-        return old
 
     def set_state(self, index: int, entry: int, state: int) -> None:
         """Store the valid leaf `entry` with other software bits; no TLBI is due for those."""
