@@ -52,8 +52,9 @@ class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
     needs after EL2 wrote where guest code may have been. With `protected` False the buses stay in
     bypass and the host keeps its reach; states are kept all the same, since VMs need them.
 
-    The constructor writes nothing but the records; then `initialise`, then `finalise`. Raises
-    ValueError if the carve-out or the firmware region is not page-aligned RAM, or too small.
+    The constructor zeroes the carve-out and lays it out; then `initialise`, then `finalise`.
+    Raises ValueError if the carve-out or the firmware region is not page-aligned RAM, if they
+    overlap, or if the carve-out is smaller than `carveout_bytes` says.
     """
 
     def __init__(
