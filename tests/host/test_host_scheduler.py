@@ -49,7 +49,7 @@ class Harness:
 
     def waiters(self, count: int) -> None:
         """Until so many threads wait for the kernel lock."""
-        wait_for(lambda: len(self.sched._waiting) == count)
+        wait_for(lambda: len(self.sched.lock.waiting) == count)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -66,17 +66,17 @@ def test_the_kernel_lock_goes_to_who_waits_longest() -> None:
     harness = Harness(virtual=False)
     sched = harness.sched
     order: list[int] = []
-    sched.enter()
+    sched.lock.enter()
 
     def body(number: int) -> None:
-        sched.enter()
+        sched.lock.enter()
         order.append(number)
-        sched.leave()
+        sched.lock.leave()
 
     for number in range(6):
         harness.start(partial(body, number))
         harness.waiters(number + 1)
-    sched.leave()
+    sched.lock.leave()
     harness.join()
     assert order == list(range(6))
 
@@ -86,14 +86,14 @@ def test_a_thread_that_wants_the_kernel_interrupts_a_guest_only_in_real_time() -
         harness = Harness(virtual=virtual)
         sched = harness.sched
         runner = Runner()
-        sched.enter()
+        sched.lock.enter()
         sched.begin(runner)
         sched.take_turn(runner)
         assert sched.enter_guest(runner)
 
         def visit(sched: Scheduler = sched) -> None:
-            sched.enter()
-            sched.leave()
+            sched.lock.enter()
+            sched.lock.leave()
 
         harness.start(visit)
         harness.waiters(1)
@@ -106,18 +106,18 @@ def test_a_thread_that_wants_the_kernel_interrupts_a_guest_only_in_real_time() -
         assert not harness.interrupts.acquire(blocking=False)
         assert sched.has_turn(runner)
         sched.end(runner, keep_turn=False)
-        sched.leave()
+        sched.lock.leave()
 
 
 def take_turns(harness: Harness, count: int, rounds: int, advance: Callable[[], None]) -> list[int]:
     """`count` vCPUs on threads that use up their slices; who ran when."""
     sched = harness.sched
     order: list[int] = []
-    sched.enter()
+    sched.lock.enter()
 
     def body(number: int) -> None:
         runner = Runner()
-        sched.enter()
+        sched.lock.enter()
         sched.begin(runner)
         for _ in range(rounds):
             if not sched.has_turn(runner):
@@ -126,7 +126,7 @@ def take_turns(harness: Harness, count: int, rounds: int, advance: Callable[[], 
             advance()
             sched.breathe(runner)
         sched.end(runner, keep_turn=False)
-        sched.leave()
+        sched.lock.leave()
 
     for number in range(count):
         harness.start(partial(body, number))
@@ -134,11 +134,11 @@ def take_turns(harness: Harness, count: int, rounds: int, advance: Callable[[], 
     first = Runner()
     sched.begin(first)
     sched.take_turn(first)
-    sched.leave()
+    sched.lock.leave()
     wait_for(lambda: len(sched._queue) == count)
-    sched.enter()
+    sched.lock.enter()
     sched.end(first, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
     harness.join()
     return order
 
@@ -167,7 +167,7 @@ def test_without_using_up_its_slice_a_vcpu_keeps_its_turn() -> None:
 def test_the_slice_goes_on_across_exits() -> None:
     harness = Harness(virtual=True)
     sched, runner = harness.sched, Runner()
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
     for used in (0, 1000, 2000):
@@ -186,12 +186,12 @@ def other_gets_turn(harness: Harness, runner: Runner) -> threading.Event:
     sched = harness.sched
 
     def body() -> None:
-        sched.enter()
+        sched.lock.enter()
         sched.begin(runner)
         sched.take_turn(runner)
         got.set()
         sched.end(runner, keep_turn=False)
-        sched.leave()
+        sched.lock.leave()
 
     harness.start(body)
     wait_for(lambda: runner in sched._queue or got.is_set())
@@ -199,11 +199,11 @@ def other_gets_turn(harness: Harness, runner: Runner) -> threading.Event:
 
 
 def leave_with_baton(sched: Scheduler, runner: Runner) -> None:
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
     sched.end(runner, keep_turn=True)
-    sched.leave()
+    sched.lock.leave()
 
 
 def test_virtual_a_baton_holds_until_its_thread_is_back_and_done() -> None:
@@ -212,11 +212,11 @@ def test_virtual_a_baton_holds_until_its_thread_is_back_and_done() -> None:
     leave_with_baton(sched, runner)
     got = other_gets_turn(harness, Runner())
     assert not got.wait(0.2)
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     assert sched.has_turn(runner)
     sched.end(runner, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
     harness.join()
 
 
@@ -259,30 +259,30 @@ def test_real_a_baton_is_good_until_the_slice_ends() -> None:
 def test_real_a_waiting_vcpu_interrupts_when_the_slice_is_over() -> None:
     harness = Harness(virtual=False)
     sched, runner = harness.sched, Runner()
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
     harness.clock.ns += REAL_SLICE_NS
 
     def body() -> None:
         other = Runner()
-        sched.enter()
+        sched.lock.enter()
         sched.begin(other)
         sched.take_turn(other)
         sched.end(other, keep_turn=False)
-        sched.leave()
+        sched.lock.leave()
 
     harness.start(body)
     harness.waiters(1)
-    sched.leave()
-    sched.enter()
+    sched.lock.leave()
+    sched.lock.enter()
     sched._guest = runner
     assert harness.interrupts.acquire(timeout=TIMEOUT_S)
     sched.leave_guest()
     sched.breathe(runner)
     assert not sched.has_turn(runner)
     sched.end(runner, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
     harness.join()
 
 
@@ -290,7 +290,7 @@ def sleeper(harness: Harness, runner: Runner, log: list[str]) -> None:
     sched = harness.sched
 
     def body() -> None:
-        sched.enter()
+        sched.lock.enter()
         sched.begin(runner)
         try:
             sched.sleep(runner)
@@ -301,10 +301,10 @@ def sleeper(harness: Harness, runner: Runner, log: list[str]) -> None:
             log.append("kicked")
         finally:
             sched.end(runner, keep_turn=False)
-            sched.leave()
+            sched.lock.leave()
 
     harness.start(body)
-    wait_for(lambda: runner.asleep and not sched._held)
+    wait_for(lambda: runner.asleep and not sched.lock.held)
 
 
 def test_a_sleeper_is_woken_and_takes_its_place_at_once() -> None:
@@ -312,14 +312,14 @@ def test_a_sleeper_is_woken_and_takes_its_place_at_once() -> None:
     sched, runner = harness.sched, Runner()
     log: list[str] = []
     sleeper(harness, runner, log)
-    sched.enter()
+    sched.lock.enter()
     me = Runner()
     sched.begin(me)
     sched.take_turn(me)
     sched.wake(runner)
     assert list(sched._queue) == [runner]
     sched.end(me, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
     harness.join()
     assert log == ["woken", "turn"]
 
@@ -341,14 +341,14 @@ def test_a_vcpu_that_waits_for_its_turn_is_kicked_out() -> None:
     leave_with_baton(sched, holder)
 
     def body() -> None:
-        sched.enter()
+        sched.lock.enter()
         sched.begin(runner)
         try:
             sched.take_turn(runner)
         except KickedError:
             log.append("kicked")
         sched.end(runner, keep_turn=False)
-        sched.leave()
+        sched.lock.leave()
 
     harness.start(body)
     wait_for(lambda: runner in sched._queue)
@@ -363,7 +363,7 @@ def test_a_kick_before_the_guest_is_seen_and_one_during_it_interrupts() -> None:
     harness = Harness(virtual=True)
     sched, runner = harness.sched, Runner()
     sched.kick(runner)
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
     assert sched.enter_guest(runner), "a kick that came too early is nobody's"
@@ -372,13 +372,13 @@ def test_a_kick_before_the_guest_is_seen_and_one_during_it_interrupts() -> None:
     sched.leave_guest()
     assert not sched.enter_guest(runner)
     sched.end(runner, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
 
 
 def test_virtual_a_woken_vcpu_without_a_thread_is_awaited_for_the_grace_only() -> None:
     harness = Harness(virtual=True, grace_s=0.1)
     sched, runner, absent = harness.sched, Runner(), Runner()
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
     sched.wake(absent)
@@ -388,14 +388,14 @@ def test_virtual_a_woken_vcpu_without_a_thread_is_awaited_for_the_grace_only() -
     sched.take_turn(runner)
     assert sched.has_turn(runner), "nobody came for it"
     sched.end(runner, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
 
 
 def test_virtual_a_woken_vcpus_thread_that_comes_in_time_has_its_turn() -> None:
     harness = Harness(virtual=True, grace_s=TIMEOUT_S)
     sched, runner, late = harness.sched, Runner(), Runner()
     order: list[str] = []
-    sched.enter()
+    sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
     sched.wake(late)
@@ -403,19 +403,19 @@ def test_virtual_a_woken_vcpus_thread_that_comes_in_time_has_its_turn() -> None:
     sched.breathe(runner)
 
     def body() -> None:
-        sched.enter()
+        sched.lock.enter()
         sched.begin(late)
         assert sched.has_turn(late)
         order.append("late")
         sched.end(late, keep_turn=False)
-        sched.leave()
+        sched.lock.leave()
 
     harness.start(body)
     harness.waiters(1)
     sched.take_turn(runner)
     order.append("runner")
     sched.end(runner, keep_turn=False)
-    sched.leave()
+    sched.lock.leave()
     harness.join()
     assert order == ["late", "runner"]
 

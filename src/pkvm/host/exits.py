@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
 
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64.bits import MASK64
@@ -23,39 +22,46 @@ from pkvm.uapi.kvm import ExitReason, Run
 
 _PUBLISHED = struct.Struct("<Q256xQQQQ64xQ")
 """X0, PSTATE, ESR, FAR, HPFAR, SCTLR_EE: one load instead of six."""
+_PUBLISHED_BYTES = _PUBLISHED.size
+_unpack = _PUBLISHED.unpack
+_MMIO = struct.Struct("<I20xQQIB")
+"""kvm_run from exit_reason to the end of kvm_run.mmio, whose data is taken as one number."""
+_pack_mmio = _MMIO.pack_into
+_MMIO_AT = Run.EXIT_REASON
+_MMIO_EXIT = int(ExitReason.MMIO)
+_IABT = int(EC.IABT_LOW)
 _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
+_FLAGS = HostVcpu.FLAGS
 _SMC_IMMEDIATE = 0xFFFF
 _MMIO_DATA = Run.UNION + 8
 _FSC_KIND = 0x3C
 _XZR = 31
 _W_MASK = (1 << 32) - 1
-_NO_DATA = bytes(8)
+_DATA_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
+_SAS_SHIFT = syndrome.SAS_SHIFT
 _EC_SHIFT = syndrome.EC_SHIFT
 
 
-class Published(NamedTuple):
-    """What EL2 tells the host with a trap; for a protected vCPU no more than facts §5.4."""
-
-    x0: int
-    pstate: int
-    esr: int
-    far: int
-    hpfar: int
-    sctlr_ee: int
-
-
+Published = tuple[int, int, int, int, int, int]
+"""Those words. For a protected vCPU they hold no more than facts §5.4 lets."""
 Handler = Callable[[Vcpu, Published], bool]
 
 
-def handle(vcpu: Vcpu, code: int) -> bool:
-    """Serve the exit `code` (`hyp.abi.ExitCode`) of a VCPU_RUN; True to return to the VMM.
+def trap(vcpu: Vcpu) -> bool:
+    """Serve an exit of code TRAP, by its class; True to return to the VMM.
 
     Raises OSError for what ends KVM_RUN with an errno, and KickedError out of a wait.
     """
-    if code == ExitCode.TRAP:
-        published = Published(*_PUBLISHED.unpack(vcpu.vm.host.bus.read(vcpu.page, _PUBLISHED.size)))
-        return _TRAPS.get(published.esr >> _EC_SHIFT, _unknown)(vcpu, published)
+    published = _unpack(vcpu.vm.host.bus.read(vcpu.page, _PUBLISHED_BYTES))
+    return _TRAPS.get(published[2] >> _EC_SHIFT, _unknown)(vcpu, published)
+
+
+def other(vcpu: Vcpu, code: int) -> bool:
+    """Serve an exit of another code (`hyp.abi.ExitCode`); False, the guest goes on.
+
+    Raises OSError; for ILLEGAL it is EINVAL with KVM_EXIT_FAIL_ENTRY.
+    """
     if code in (ExitCode.IRQ, ExitCode.EL1_SERROR):
         return False
     if code == ExitCode.HYP_REQ:
@@ -77,37 +83,28 @@ def complete_mmio(vcpu: Vcpu, mmio: PendingMmio) -> None:
     host's to write.
     """
     vcpu.mmio = None
-    if not mmio.is_write:
-        data = int.from_bytes(
-            vcpu.run[_MMIO_DATA : _MMIO_DATA + mmio.size],
-            "big" if mmio.big_endian else "little",
-        )
+    size, is_write, big_endian, esr = mmio
+    if not is_write:
+        answer = vcpu.run[_MMIO_DATA : _MMIO_DATA + size]
+        data = int.from_bytes(answer, "big" if big_endian else "little")
         if vcpu.vm.protected:
             vcpu.set_word(HostVcpu.X, data)
         else:
-            _load_register(vcpu, mmio, data)
-    vcpu.tell(_INCREMENT_PC)
+            _load_register(vcpu, size, esr, data)
+    vcpu.flags |= _INCREMENT_PC
+    vcpu.vm.host.bus.write_u64(vcpu.page + _FLAGS, vcpu.flags)
 
 
-def _load_register(vcpu: Vcpu, mmio: PendingMmio, data: int) -> None:
-    """Complete a load: extended as the syndrome says (SSE, SF)."""
-    register = (mmio.esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
+def _load_register(vcpu: Vcpu, size: int, esr: int, data: int) -> None:
+    """Complete a load of `size` bytes: extended as the syndrome says (SSE, SF)."""
+    register = (esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
     if register == _XZR:
         return
-    if mmio.esr & syndrome.SSE and data >> 8 * mmio.size - 1:
-        data -= 1 << 8 * mmio.size
-    data &= MASK64 if mmio.esr & syndrome.SF else _W_MASK
+    if esr & syndrome.SSE and data >> 8 * size - 1:
+        data -= 1 << 8 * size
+    data &= MASK64 if esr & syndrome.SF else _W_MASK
     vcpu.set_word(HostVcpu.X + 8 * register, data)
     vcpu.mark_dirty()
-
-
-def _store_value(vcpu: Vcpu, published: Published) -> tuple[int, int]:
-    """(the register that an MMIO store writes, SCTLR_EL1's endianness bits)."""
-    if vcpu.vm.protected:
-        return published.x0, published.sctlr_ee
-    register = (published.esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
-    value = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
-    return value, vcpu.word(SCTLR_OFFSET)
 
 
 def _hyp_request(vcpu: Vcpu) -> bool:
@@ -119,43 +116,49 @@ def _hyp_request(vcpu: Vcpu) -> bool:
 
 def _abort(vcpu: Vcpu, published: Published) -> bool:
     """A stage-2 abort: memory that a non-protected guest has not touched yet, MMIO, or nothing."""
-    esr = published.esr
-    ipa = (published.hpfar & HPFAR_FIPA_MASK) << 8 | published.far & 0xFFF
+    x0, pstate, esr, far, hpfar, sctlr = published
+    ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
     vm = vcpu.vm
     slot = vm.slots.at(ipa)
-    is_fetch = esr >> _EC_SHIFT == EC.IABT_LOW
-    if slot is not None and not vm.protected:
-        denied = esr & FSC_MASK & _FSC_KIND == FSC_PERMISSION
-        if not denied:
+    if slot is not None:
+        if vm.protected:
+            # It has all memory of its slots from the start: nothing can be done.
+            vcpu.tell(_PENDING_EXCEPTION)
+            return False
+        if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
             faults.share(vm, slot, ipa)
             return False
-    elif slot is not None:
-        # A protected guest has all memory of its slots from the start: nothing can be done.
+    if not esr & ISV or esr & S1PTW or esr >> _EC_SHIFT == _IABT:
         vcpu.tell(_PENDING_EXCEPTION)
         return False
-    if is_fetch or not esr & ISV or esr & S1PTW:
-        vcpu.tell(_PENDING_EXCEPTION)
-        return False
-    size = 1 << (esr >> syndrome.SAS_SHIFT & 3)
-    is_write = bool(esr & WNR)
-    value, sctlr = _store_value(vcpu, published)
-    at_el0 = published.pstate & PSTATE_MODE_MASK == PSTATE_EL0T
-    big_endian = bool(sctlr & (SCTLR_E0E if at_el0 else SCTLR_EE))
-    data = _NO_DATA
+    if not vm.protected:
+        register = (esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
+        x0 = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
+        sctlr = vcpu.word(SCTLR_OFFSET)
+    size = 1 << (esr >> _SAS_SHIFT & 3)
+    is_write = esr & WNR != 0
+    big_endian = sctlr != 0 and _is_big_endian(pstate, sctlr)
+    data = 0
     if is_write:
-        value &= (1 << 8 * size) - 1
-        data = value.to_bytes(size, "big" if big_endian else "little")
-    vcpu.mmio = PendingMmio(size, is_write, big_endian, esr)
-    Run.MMIO.pack_into(vcpu.run, Run.UNION, ipa, data, size, is_write)
-    vcpu.exit_with(ExitReason.MMIO)
+        data = x0 & _DATA_MASKS[size]
+        if big_endian:
+            data = int.from_bytes(data.to_bytes(size, "big"), "little")
+    vcpu.mmio = (size, is_write, big_endian, esr)
+    _pack_mmio(vcpu.run, _MMIO_AT, _MMIO_EXIT, ipa, data, size, is_write)
     return True
+
+
+def _is_big_endian(pstate: int, sctlr: int) -> bool:
+    """Whether the guest's data accesses are big-endian, by SCTLR_EL1.EE or E0E."""
+    at_el0 = pstate & PSTATE_MODE_MASK == PSTATE_EL0T
+    return bool(sctlr & (SCTLR_E0E if at_el0 else SCTLR_EE))
 
 
 def _wfx(vcpu: Vcpu, published: Published) -> bool:
     """WFI waits for a kick or a wake-up; WFE lets the other vCPUs have the CPU."""
     vcpu.tell(_INCREMENT_PC)
     sched = vcpu.vm.host.sched
-    if published.esr & syndrome.WFX_TI_WFE:
+    if published[2] & syndrome.WFX_TI_WFE:
         sched.yield_turn(vcpu.runner)
     else:
         sched.sleep(vcpu.runner)
@@ -170,7 +173,7 @@ def _hvc(vcpu: Vcpu, published: Published) -> bool:
 def _smc(vcpu: Vcpu, published: Published) -> bool:
     """As HVC, but the instruction is to be stepped over, and its immediate must be 0."""
     vcpu.tell(_INCREMENT_PC)
-    if published.esr & _SMC_IMMEDIATE:
+    if published[2] & _SMC_IMMEDIATE:
         guest_calls.answer(vcpu, MASK64)
         return False
     return guest_calls.call(vcpu)
@@ -184,7 +187,7 @@ def _sys64(vcpu: Vcpu, published: Published) -> bool:
 
 def _unknown(vcpu: Vcpu, published: Published) -> bool:
     """An exception class that no host expects here: UNDEFINED, as Linux does it."""
-    vcpu.vm.host.say(f"unknown exception class: ESR_EL2 {published.esr:#x}")
+    vcpu.vm.host.say(f"unknown exception class: ESR_EL2 {published[2]:#x}")
     vcpu.tell(_PENDING_EXCEPTION)
     return False
 

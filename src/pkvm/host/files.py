@@ -35,6 +35,7 @@ from pkvm.uapi.kvm import (
     MpState,
 )
 
+_RUN = int(Ioctl.RUN)
 _MASK64 = (1 << 64) - 1
 _IPA_SIZE_MASK = 0xFF
 _MIN_IPA_BITS = 32
@@ -86,8 +87,8 @@ Handler = Callable[[Argument], int]
 class File(Protocol):
     """An open file."""
 
-    def ioctl(self, request: int, argument: Argument) -> int:
-        """ioctl(2)."""
+    def ioctl(self, request: int, arg: int | bytearray) -> int:
+        """ioctl(2) with an unsigned 32-bit request."""
         ...
 
     def release(self) -> None:
@@ -108,9 +109,10 @@ class KvmFile:
             Ioctl.GET_VCPU_MMAP_SIZE: self._get_vcpu_mmap_size,
         }
 
-    def ioctl(self, request: int, argument: Argument) -> int:
+    def ioctl(self, request: int, arg: int | bytearray) -> int:
         """System ioctls; EINVAL for any other."""
-        return _known(self._requests, request, "/dev/kvm")(argument)
+        handler = _known(self._requests, request, "/dev/kvm")
+        return handler(Argument(arg, self._host.users))
 
     def release(self) -> None:
         """Nothing is kept for it."""
@@ -159,9 +161,10 @@ class VmFile:
             Ioctl.ARM_PREFERRED_TARGET: self._preferred_target,
         }
 
-    def ioctl(self, request: int, argument: Argument) -> int:
+    def ioctl(self, request: int, arg: int | bytearray) -> int:
         """VM ioctls; EINVAL for any other."""
-        return _known(self._requests, request, "a VM")(argument)
+        handler = _known(self._requests, request, "a VM")
+        return handler(Argument(arg, self.vm.host.users))
 
     def release(self) -> None:
         """The VM lives on while a vCPU's descriptor or mapping does."""
@@ -203,7 +206,6 @@ class VcpuFile:
     def __init__(self, vcpu: Vcpu) -> None:
         self.vcpu = vcpu
         self._requests: Mapping[int, Handler] = {
-            Ioctl.RUN: self._run,
             Ioctl.GET_MP_STATE: self._get_mp_state,
             Ioctl.SET_MP_STATE: self._set_mp_state,
             Ioctl.GET_ONE_REG: self._get_one_reg,
@@ -212,17 +214,25 @@ class VcpuFile:
             Ioctl.GET_REG_LIST: self._get_reg_list,
         }
 
-    def ioctl(self, request: int, argument: Argument) -> int:
-        """vCPU ioctls; EINVAL for any other. One at a time: KVM_RUN in another thread is awaited.
-        The vCPU outlives the call, whoever closes its descriptor meanwhile."""
-        handler = _known(self._requests, request, "a vCPU")
+    def ioctl(self, request: int, arg: int | bytearray) -> int:
+        """vCPU ioctls, KVM_RUN (KVM API 4.10) first; EINVAL for any other.
+
+        One at a time: a KVM_RUN in another thread is awaited. The vCPU outlives the call, whoever
+        closes its descriptor meanwhile.
+        """
         vcpu = self.vcpu
-        vcpu.get()
+        vcpu.references += 1
         try:
             if not vcpu.mutex.acquire(blocking=False):
                 self._wait_for_mutex()
             try:
-                return handler(argument)
+                if request == _RUN:
+                    if arg != 0:
+                        _no_argument(Argument(arg, self._users))
+                    kvm_run(vcpu)
+                    return 0
+                handler = _known(self._requests, request, "a vCPU")
+                return handler(Argument(arg, self._users))
             finally:
                 vcpu.mutex.release()
         finally:
@@ -238,21 +248,15 @@ class VcpuFile:
     def _wait_for_mutex(self) -> None:
         """Take the vCPU's mutex without the kernel lock, which comes after it. Raises EBADF."""
         vcpu = self.vcpu
-        sched = vcpu.vm.host.sched
-        sched.leave()
+        lock = vcpu.vm.host.sched.lock
+        lock.leave()
         try:
             vcpu.mutex.acquire()
         finally:
-            sched.enter()
+            lock.enter()
         if vcpu.closed:
             vcpu.mutex.release()
             raise OSError(errno.EBADF, "the vCPU was closed")
-
-    def _run(self, argument: Argument) -> int:
-        """KVM_RUN (KVM API 4.10)."""
-        _no_argument(argument)
-        kvm_run(self.vcpu)
-        return 0
 
     def _get_mp_state(self, argument: Argument) -> int:
         """KVM_GET_MP_STATE (KVM API 4.38)."""
@@ -319,14 +323,15 @@ class VcpuFile:
 class DmaFile:
     """/dev/dma-copy."""
 
-    def __init__(self, driver: CopyDriver) -> None:
+    def __init__(self, driver: CopyDriver, users: UserSpace) -> None:
         self._driver = driver
+        self._users = users
 
-    def ioctl(self, request: int, argument: Argument) -> int:
+    def ioctl(self, request: int, arg: int | bytearray) -> int:
         """DMA_COPY; ENOTTY for any other."""
         if request != DmaCopy.COPY:
             raise OSError(errno.ENOTTY, f"/dev/dma-copy has no ioctl {request:#x}")
-        self._driver.copy(argument.read(DmaCopy.ARGS.size))
+        self._driver.copy(Argument(arg, self._users).read(DmaCopy.ARGS.size))
         return 0
 
     def release(self) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from functools import cache
 
-from pkvm import events
+from pkvm.events import Ioctl as IoctlEvent
 from pkvm.events import Recorder
 from pkvm.host.dma import CopyDriver
 from pkvm.host.el2 import El2
-from pkvm.host.files import Argument, DmaFile, File, KvmFile, VcpuFile
+from pkvm.host.files import DmaFile, File, KvmFile, VcpuFile
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.host import Host
 from pkvm.host.mm import HostMemory, UserSpace
@@ -29,6 +30,7 @@ from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
 FIRST_FD = 3
 MAX_FDS = 1024
 """RLIMIT_NOFILE."""
+_RUN = int(Ioctl.RUN)
 _REQUEST_MASK = 0xFFFF_FFFF
 _REQUEST_NAMES = {int(request): request.name for request in Ioctl} | {DmaCopy.COPY: "DMA_COPY"}
 
@@ -85,6 +87,7 @@ class HostKernel:
         pages = PageAllocator(bus, ram, misalign=misalign)
         users = UserSpace(bus, bus_faults, pages)
         self._sched = Scheduler(clock, interrupt, counter, grace_s)
+        self._lock = self._sched.lock
         self._recorder = recorder
         self._bus_faults = bus_faults
         el2 = El2(door, bus, pages, recorder)
@@ -113,7 +116,7 @@ class HostKernel:
             if path == "/dev/kvm":
                 return self._install(KvmFile(self._host, self._install))
             if path == "/dev/dma-copy":
-                return self._install(DmaFile(self._dma))
+                return self._install(DmaFile(self._dma, self._host.users))
             raise OSError(errno.ENOENT, f"the built-in host has no {path!r}")
 
         return self._call(-1, "open", make)
@@ -121,14 +124,13 @@ class HostKernel:
     def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
         """ioctl(2); see `pkvm.kvm.kernel.Kernel`. EBADF for a descriptor that is not open."""
         request &= _REQUEST_MASK
-        sched = self._sched
         result = -errno.EINTR
-        sched.enter()
+        self._lock.enter()
         try:
             file = self._files.get(fd)
             if file is None:
                 raise _bad_fd(fd)
-            result = file.ioctl(request, Argument(arg, self._host.users))
+            result = file.ioctl(request, arg)
         except OSError as error:
             result = -(error.errno or errno.EIO)
             raise
@@ -136,9 +138,12 @@ class HostKernel:
             result = -errno.EFAULT
             raise OSError(errno.EFAULT, f"the host kernel was refused: {fault}") from fault
         finally:
-            name = _REQUEST_NAMES.get(request) or hex(request)
-            self._recorder.record(events.Ioctl(fd, name, result))
-            sched.leave()
+            self._recorder.record(
+                _ran(fd)
+                if request == _RUN and not result
+                else IoctlEvent(fd, _REQUEST_NAMES.get(request) or hex(request), result)
+            )
+            self._lock.leave()
         return result
 
     def mmap(self, length: int) -> HostMemory:
@@ -229,7 +234,7 @@ class HostKernel:
         """A system call that is not an ioctl: under the kernel lock, and announced. `fd` -1 means
         that the result is the descriptor."""
         result = -errno.EINTR
-        self._sched.enter()
+        self._lock.enter()
         try:
             result = make()
         except OSError as error:
@@ -239,8 +244,8 @@ class HostKernel:
             result = -errno.EFAULT
             raise OSError(errno.EFAULT, f"the host kernel was refused: {fault}") from fault
         finally:
-            self._recorder.record(events.Ioctl(fd, name, result))
-            self._sched.leave()
+            self._recorder.record(IoctlEvent(fd, name, result))
+            self._lock.leave()
         return result
 
     def _install(self, file: File) -> int:
@@ -273,6 +278,12 @@ class HostKernel:
             return 0
 
         self._call(-1, "munmap", make)
+
+
+@cache
+def _ran(fd: int) -> IoctlEvent:
+    """The event of a KVM_RUN that returned with an exit: always the same, and often needed."""
+    return IoctlEvent(fd, Ioctl.RUN.name, 0)
 
 
 def _bad_fd(fd: int) -> OSError:

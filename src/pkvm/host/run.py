@@ -12,12 +12,18 @@ from __future__ import annotations
 import errno
 
 from pkvm.host import exits
-from pkvm.host.scheduler import KickedError
+from pkvm.host.host import Host
+from pkvm.host.scheduler import KickedError, Runner, Scheduler
 from pkvm.host.vcpu import Vcpu
-from pkvm.hyp.abi import HOST_CALL_BASE, HostCall
+from pkvm.hyp.abi import HOST_CALL_BASE, ExitCode, HostCall
 from pkvm.uapi.kvm import ExitReason, MpState, Run
 
-_VCPU_RUN = HOST_CALL_BASE + HostCall.VCPU_RUN
+_VCPU_RUN = int(HOST_CALL_BASE + HostCall.VCPU_RUN)
+_TRAP = int(ExitCode.TRAP)
+_STOPPED = MpState.STOPPED
+_IMMEDIATE_EXIT = Run.IMMEDIATE_EXIT
+_EXIT_REASON = slice(Run.EXIT_REASON, Run.EXIT_REASON + 4)
+_UNKNOWN = ExitReason.UNKNOWN.to_bytes(4, "little")
 _SIGN = 1 << 63
 _WRAP = 1 << 64
 
@@ -34,19 +40,22 @@ def kvm_run(vcpu: Vcpu) -> None:
         raise OSError(errno.ENOEXEC, f"vCPU {vcpu.id} has had no KVM_ARM_VCPU_INIT")
     vm = vcpu.vm
     vm.ran = True
-    _check_role(vcpu)
+    if vm.primary is not vcpu:
+        _check_role(vcpu)
     if vcpu.mmio is not None:
         exits.complete_mmio(vcpu, vcpu.mmio)
     run = vcpu.run
-    if run[Run.IMMEDIATE_EXIT]:
+    if run[_IMMEDIATE_EXIT]:
         vcpu.exit_with(ExitReason.INTR)
         raise OSError(errno.EINTR, "immediate_exit is set")
-    vcpu.exit_with(ExitReason.UNKNOWN)
-    sched = vm.host.sched
+    run[_EXIT_REASON] = _UNKNOWN
+    host = vm.host
+    sched = host.sched
     runner = vcpu.runner
     sched.begin(runner)
     try:
-        _loop(vcpu)
+        while not _enter(vcpu, host, sched, runner):
+            sched.breathe(runner)
     except KickedError:
         vcpu.exit_with(ExitReason.INTR)
         raise OSError(errno.EINTR, "KVM_RUN was interrupted") from None
@@ -54,37 +63,34 @@ def kvm_run(vcpu: Vcpu) -> None:
         sched.end(runner, keep_turn=vcpu.mmio is not None)
 
 
-def _loop(vcpu: Vcpu) -> None:
-    """Run the guest until an exit is for the VMM. Raises KickedError, OSError."""
+def _enter(vcpu: Vcpu, host: Host, sched: Scheduler, runner: Runner) -> bool:
+    """Run the guest once, as soon as it may run, and serve its exit; True if that is for the VMM.
+    Raises KickedError, OSError."""
+    if runner.kicked:
+        raise KickedError
+    if vcpu.mp_state is _STOPPED:
+        sched.sleep(runner)
+        return False
+    if not sched.has_turn(runner):
+        sched.take_turn(runner)
+        return False
+    if host.loaded is not vcpu:
+        _load(vcpu)
+    if not sched.enter_guest(runner):
+        return False
     vm = vcpu.vm
-    host = vm.host
-    sched = host.sched
-    runner = vcpu.runner
-    door = host.el2.door
-    while True:
-        if runner.kicked:
-            raise KickedError
-        if vcpu.mp_state == MpState.STOPPED:
-            sched.sleep(runner)
-            continue
-        if not sched.has_turn(runner):
-            sched.take_turn(runner)
-            continue
-        if host.loaded is not vcpu:
-            _load(vcpu)
-        if sched.enter_guest(runner):
-            if vm.primary is None and vm.protected:
-                vm.primary = vcpu
-            try:
-                _, code = door(_VCPU_RUN)
-            finally:
-                sched.leave_guest()
-            if code & _SIGN:
-                raise _refused(vcpu, code)
-            vcpu.flags = 0
-            if exits.handle(vcpu, code):
-                return
-        sched.breathe(runner)
+    if vm.primary is None and vm.protected:
+        vm.primary = vcpu
+    try:
+        _, code = host.el2.door(_VCPU_RUN)
+    finally:
+        sched.leave_guest()
+    if code & _SIGN:
+        raise _refused(vcpu, code)
+    vcpu.flags = 0
+    if code == _TRAP:
+        return exits.trap(vcpu)
+    return exits.other(vcpu, code)
 
 
 def _load(vcpu: Vcpu) -> None:

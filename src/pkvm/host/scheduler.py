@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who may be in the kernel, and whose vCPU has the CPU.
+"""Whose vCPU has the CPU.
 
 There is one physical CPU. Threads of the VMM enter the kernel one at a time
-(`enter`, `leave`: a fair lock, first come, first served), and guest code runs
-with that lock held, because it runs on that CPU. Which vCPU runs is a matter
-of *turns*, round robin among the vCPUs that are in KVM_RUN:
+(`lock`), and guest code runs with that lock held, because it runs on that CPU.
+Which vCPU runs is a matter of *turns*, round robin among the vCPUs that are in
+KVM_RUN:
 
 * A turn ends when the vCPU waits (WFI, powered off), when its slice is over and
   another vCPU waits for the CPU, or when KVM_RUN returns. A return for MMIO
@@ -24,6 +24,9 @@ not wait for another vCPU to make progress.
 
 Two locks: `_mutex` for the fields below, held for moments; the kernel lock,
 which is handed from thread to thread and taken before `_mutex`, never inside it.
+`begin` and `end` do without `_mutex` for the vCPU that has the turn, the path of
+every MMIO exit: should another thread take the turn from it in that moment, it
+runs at most one more time out of turn, with the kernel lock all the same.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from pkvm.host.lock import KernelLock
 from pkvm.host.ports import Clock
 
 REAL_SLICE_NS = 5_000_000
@@ -80,7 +84,7 @@ class Runner:
 
 
 class Scheduler:
-    """The kernel lock and the turns; see the module's text.
+    """The kernel lock and whose turn it is; see the module's text.
 
     `interrupt` interrupts the CPU from any thread; `counter` is needed with the virtual clock.
     """
@@ -100,11 +104,9 @@ class Scheduler:
         self._clock = clock
         self._slice = SLICE_BLOCKS if self._virtual else REAL_SLICE_NS
         self._grace_s = grace_s
+        self.lock = KernelLock(self.want_kernel)
         self._mutex = threading.RLock()
         self._changed = threading.Condition(self._mutex)
-        self._held = False
-        self._waiting: deque[threading.Lock] = deque()
-        """Threads that wait for the kernel lock, each at a gate of its own."""
         self._turn: Runner | None = None
         self._slice_end = 0
         """When the turn's slice is over: nanoseconds of the real clock, or blocks."""
@@ -112,65 +114,38 @@ class Scheduler:
         self._guest: Runner | None = None
         """The vCPU whose code the CPU executes now."""
 
-    # The kernel lock
-
-    def enter(self) -> None:
-        """Take the kernel lock."""
-        with self._mutex:
-            if not self._held:
-                self._held = True
-                return
-            gate = threading.Lock()
-            gate.acquire()
-            self._waiting.append(gate)
-        try:
-            if self._guest is not None and not self._virtual:
-                self._interrupt()
-            gate.acquire()
-        except BaseException:
-            self._give_up(gate)
-            raise
-
-    def leave(self) -> None:
-        """Release the kernel lock: hand it to the thread that has waited longest."""
-        with self._mutex:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._held = False
-
-    def _give_up(self, gate: threading.Lock) -> None:
-        """A signal handler raised in `enter`: leave the queue, or pass on what was just given."""
-        with self._mutex:
-            if gate in self._waiting:
-                self._waiting.remove(gate)
-                return
-        self.leave()
+    def want_kernel(self) -> None:
+        """A thread waits for the kernel lock: a guest gives way at once, but for virtual time."""
+        if self._guest is not None and not self._virtual:
+            self._interrupt()
 
     # KVM_RUN
 
     def begin(self, runner: Runner) -> None:
         """A KVM_RUN of `runner` starts; the kernel lock is held."""
+        runner.kicked = False
+        runner.in_run = True
+        if self._turn is runner:
+            runner.thread = None
+            return
         with self._mutex:
-            runner.kicked = False
-            runner.in_run = True
-            turn = self._turn
-            carrier = turn.thread if turn is not None and turn is not runner else None
+            carrier = self._turn.thread if self._turn is not None else None
             if carrier is not None and carrier is threading.current_thread():
                 self._pass_turn()
-            runner.thread = None
 
     def end(self, runner: Runner, *, keep_turn: bool) -> None:
         """The KVM_RUN ends; `keep_turn` if the VMM will come back with an answer."""
+        if keep_turn and self._turn is runner:
+            runner.thread = threading.current_thread()
+            runner.in_run = False
+            return
         with self._mutex:
             runner.in_run = False
             runner.asleep = False
-            if self._turn is not runner:
-                self._drop(runner)
-            elif keep_turn:
-                runner.thread = threading.current_thread()
-            else:
+            if self._turn is runner:
                 self._pass_turn()
+            else:
+                self._drop(runner)
 
     def forget(self, runner: Runner) -> None:
         """The vCPU was closed: a KVM_RUN under way is kicked, a turn that it keeps is lost."""
@@ -188,8 +163,8 @@ class Scheduler:
             if runner.in_run:
                 runner.kicked = True
                 self._changed.notify_all()
-            if self._guest is runner:
-                self._interrupt()
+        if self._guest is runner:
+            self._interrupt()
 
     def enter_guest(self, runner: Runner) -> bool:
         """The CPU is about to run `runner`'s code. False if something is to be done first.
@@ -198,7 +173,7 @@ class Scheduler:
         round, so that one of the two always sees the other.
         """
         self._guest = runner
-        if runner.kicked or self._waiting:
+        if runner.kicked or self.lock.waiting:
             self._guest = None
             return False
         if self._counter is not None:
@@ -222,12 +197,12 @@ class Scheduler:
                 return
             if runner is not self._turn and runner not in self._queue:
                 self._queue.append(runner)
-        self.leave()
+        self.lock.leave()
         try:
             with self._mutex:
                 self._await_turn(runner)
         finally:
-            self.enter()
+            self.lock.enter()
 
     def sleep(self, runner: Runner) -> None:
         """Give the turn away and wait for `wake`. Called and left with the kernel lock held, which
@@ -238,7 +213,7 @@ class Scheduler:
                 self._pass_turn()
             else:
                 self._drop(runner)
-        self.leave()
+        self.lock.leave()
         try:
             with self._mutex:
                 while runner.asleep:
@@ -246,7 +221,7 @@ class Scheduler:
                         raise KickedError
                     self._changed.wait()
         finally:
-            self.enter()
+            self.lock.enter()
 
     def wake(self, runner: Runner) -> None:
         """End `runner`'s sleep; it waits for its turn from now on. Called with the kernel lock."""
@@ -267,9 +242,9 @@ class Scheduler:
     def breathe(self, runner: Runner) -> None:
         """Between two entries to the guest: let threads in that wait for the kernel, and pass the
         turn on if the slice is over. Called and left with the kernel lock held."""
-        if self._waiting:
-            self.leave()
-            self.enter()
+        if self.lock.waiting:
+            self.lock.leave()
+            self.lock.enter()
         if self._turn is runner and self._now() >= self._slice_end:
             with self._mutex:
                 if self._queue:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pkvm.arm64.registers import PSTATE_RESET, SCTLR_EL1, SCTLR_EL1_RESET
 from pkvm.host.ports import PAGE_SIZE
@@ -30,15 +30,9 @@ _SUPPORTED = _POWER_OFF | 1 << VcpuFeature.PSCI_0_2
 _KNOWN = (1 << len(VcpuFeature)) - 1
 
 
-class PendingMmio(NamedTuple):
-    """An MMIO exit that the VMM has not answered yet."""
-
-    size: int
-    """Bytes."""
-    is_write: bool
-    big_endian: bool
-    esr: int
-    """ESR_EL2; for a protected vCPU it does not say which register."""
+PendingMmio = tuple[int, bool, bool, int]
+"""An MMIO exit that the VMM has not answered yet: bytes, whether a store, whether the guest is
+big-endian, ESR_EL2 (which does not say the register of a protected vCPU)."""
 
 
 class Vcpu:
