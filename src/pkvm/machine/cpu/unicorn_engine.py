@@ -16,8 +16,9 @@ What libunicorn does in its own way, and what is done about it here:
   starts again after a stop that nobody asked for.
 * A pending virtual interrupt is taken while emulation stops, and would change
   PC under an exit to EL2: the lines are dropped for the time outside.
-* An access where nothing answers ends emulation: it becomes an external abort
-  in the guest. WFI that EL2 does not trap completes at once, as it may.
+* An access where nothing answers ends emulation: a load or fetch becomes an
+  external abort in the guest, a store is lost, as posted writes are.
+* WFI that EL2 does not trap completes at once, as it may.
 * Hardware breakpoints live outside the saved context and would follow the
   engine into another VM: their registers store, and nothing matches.
 * Half-precision decoding ends the process at some unallocated encodings:
@@ -80,11 +81,6 @@ PFR0_FP16 = 1 << 16 | 1 << 20
 """ID_AA64PFR0_EL1: FP and AdvSIMD with half precision (0 is without, 0xF is none at all)."""
 
 _DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in range(4, 8)]
-_NOTHING_ANSWERS = {
-    uc.UC_ERR_READ_UNMAPPED: False,
-    uc.UC_ERR_WRITE_UNMAPPED: True,
-}
-"""Errors of `uc_emu_start` for an access outside RAM; whether it was a write."""
 _FNV = syndrome.ABORT_ISS["FnV"].mask
 _ABORTS = (3, 4)
 """QEMU's numbers of the exceptions that have a faulting address: prefetch and data abort."""
@@ -385,16 +381,16 @@ class UnicornEngine(CpuContext):
         return None
 
     def _external_abort(self, status: int) -> None:
-        """The guest reached for a PA where nothing answers: a synchronous external abort to EL1."""
+        """The guest reached for a PA where nothing answers."""
+        if status == uc.UC_ERR_WRITE_UNMAPPED:
+            return
         from_el0 = self.pstate & reg.PSTATE_MODE_MASK in (reg.PSTATE_EL0T, reg.PSTATE_NRW)
         if status == uc.UC_ERR_FETCH_UNMAPPED:
             exception = syndrome.EC.IABT_LOW if from_el0 else syndrome.EC.IABT_CUR
             iss, far = syndrome.FSC_EXTERNAL, self.pc
-        elif status in _NOTHING_ANSWERS:
+        elif status == uc.UC_ERR_READ_UNMAPPED:
             exception = syndrome.EC.DABT_LOW if from_el0 else syndrome.EC.DABT_CUR
             iss, far = syndrome.FSC_EXTERNAL | _FNV, 0
-            if _NOTHING_ANSWERS[status]:
-                iss |= syndrome.WNR
         else:
             self._library.check(status, f"go on at PC {self.pc:#x}")
             return
