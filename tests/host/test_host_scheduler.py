@@ -10,7 +10,14 @@ from functools import partial
 import pytest
 from host_fakes import FakeClock, FakeCpu
 
-from pkvm.host.scheduler import REAL_SLICE_NS, SLICE_BLOCKS, KickedError, Runner, Scheduler
+from pkvm.host.scheduler import (
+    EXIT_BLOCKS,
+    REAL_SLICE_NS,
+    SLICE_BLOCKS,
+    KickedError,
+    Runner,
+    Scheduler,
+)
 
 TIMEOUT_S = 20
 
@@ -164,16 +171,16 @@ def test_without_using_up_its_slice_a_vcpu_keeps_its_turn() -> None:
     assert order == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
 
 
-def test_the_slice_goes_on_across_exits() -> None:
+def test_the_slice_goes_on_across_exits_and_each_takes_its_share() -> None:
     harness = Harness(virtual=True)
     sched, runner = harness.sched, Runner()
     sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
-    for used in (0, 1000, 2000):
+    for exits, used in enumerate((0, 1000, 2000)):
         harness.cpu.blocks = used
         assert sched.enter_guest(runner)
-        assert harness.cpu.slice == SLICE_BLOCKS - used
+        assert harness.cpu.slice == SLICE_BLOCKS - used - exits * EXIT_BLOCKS
         sched.leave_guest()
         sched.end(runner, keep_turn=True)
         sched.begin(runner)

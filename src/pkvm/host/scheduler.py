@@ -13,11 +13,12 @@ KVM_RUN:
   once, and a vCPU that wants a turn interrupts it when the slice is over. A
   baton is good until the slice ends.
 * With the virtual clock nothing but a kick interrupts a guest; a slice ends
-  after a number of translated blocks, so that the order of turns depends on
-  virtual time alone. A baton is good until its vCPU is run again, is closed,
-  ends with another exit, or its thread runs another vCPU or dies. A vCPU that
-  is woken takes its place in the queue there and then; if its thread is not in
-  KVM_RUN yet, the queue waits for it for `grace_s` seconds of real time.
+  after a number of translated blocks, fewer where the guest exits often, so
+  that the order of turns depends on what guests do alone. A baton is good
+  until its vCPU is run again, is closed, ends with another exit, or its thread
+  runs another vCPU or dies. A vCPU that is woken takes its place in the queue
+  there and then; if its thread is not in KVM_RUN yet, the queue waits for it
+  for `grace_s` seconds of real time.
 
 Consequence, with the virtual clock: a VMM thread that answers an MMIO exit must
 not wait for another vCPU to make progress.
@@ -44,6 +45,9 @@ REAL_SLICE_NS = 5_000_000
 """How long a vCPU keeps the CPU when others wait for it, with the real clock."""
 SLICE_BLOCKS = 1 << 18
 """The same with the virtual clock, in translated blocks."""
+EXIT_BLOCKS = 1 << 10
+"""What an exit to the host takes from a slice with the virtual clock: a vCPU that polls its
+hypervisor does few blocks and much work."""
 GRACE_S = 2.0
 _POLL_S = 0.05
 """How often a thread that waits for an absent vCPU looks whether it may stop waiting."""
@@ -183,6 +187,8 @@ class Scheduler:
     def leave_guest(self) -> None:
         """The CPU is back in the host."""
         self._guest = None
+        if self._counter is not None:
+            self._slice_end -= EXIT_BLOCKS
 
     def has_turn(self, runner: Runner) -> bool:
         """Whether the turn is `runner`'s, whose KVM_RUN is under way."""
