@@ -28,6 +28,7 @@ from pkvm.arm64.registers import (
     PSTATE_MODE_MASK,
     PSTATE_NZCV,
     PSTATE_PAN,
+    SysReg,
 )
 from pkvm.events import NO_ADDRESS, GuestExit, Recorder
 from pkvm.hyp import inject
@@ -36,6 +37,7 @@ from pkvm.hyp.exits import ESR, FAR, FLAGS, HPFAR, PSTATE, X0, ExitClass
 from pkvm.hyp.reset import reset
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
+from pkvm.machine.cpu.errors import EngineError
 
 _NR_X = 31
 _SP_EL0 = HostVcpu.SP_EL0 >> 3
@@ -72,6 +74,11 @@ class NonProtected:
     def __init__(self, engine: CpuEngine, recorder: Recorder) -> None:
         self._engine = engine
         self._record = recorder.record
+        self._writable = [
+            (_SYSREGS + number, register)
+            for number, register in enumerate(CONTEXT_SYSREGS)
+            if _is_writable(engine, register)
+        ]
 
     def enter(self, vcpu: Vcpu) -> bool:
         """Take what the host has for the vCPU. False if its PSTATE is not one of EL1 or EL0 in
@@ -160,8 +167,17 @@ class NonProtected:
         TLB), and FP."""
         engine = self._engine
         page = vcpu.page
-        for number, register in enumerate(CONTEXT_SYSREGS):
-            value = page[_SYSREGS + number]
+        for index, register in self._writable:
+            value = page[index]
             if value != engine.read_sysreg(register):
                 engine.write_sysreg(register, value)
         engine.set_fp_registers(page[_FP : _FP + _FP_WORDS].tobytes())
+
+
+def _is_writable(engine: CpuEngine, register: SysReg) -> bool:
+    """Whether the CPU has more than a constant behind the register. Leaves it as it is."""
+    try:
+        engine.write_sysreg(register, engine.read_sysreg(register))
+    except EngineError:
+        return False
+    return True

@@ -60,6 +60,7 @@ class Vector:
                 EC.WFX: self._wfx,
                 EC.IABT_LOW: self._iabt,
                 EC.DABT_LOW: self._dabt,
+                EC.UNKNOWN: self._undefined,
                 EC.SVE: self._undefined,
                 EC.PAUTH: self._undefined,
             },
@@ -127,7 +128,8 @@ class Vector:
         return self._exit(vcpu, ExitClass.MMIO_WRITE if esr & WNR else ExitClass.MMIO_READ, esr)
 
     def _undefined(self, vcpu: Vcpu, esr: int) -> bool:
-        """An extension that the guest's ID registers do not have."""
+        """An instruction that the guest's ID registers do not have. Some CPUs give a trapped one
+        EC 0 (unknown reason)."""
         if self._is_aarch32():
             return self._drop(vcpu, esr, "the guest is in AArch32 state")
         inject.undefined(self._engine)
