@@ -43,7 +43,7 @@ def test_a_requests_size_is_that_of_its_structure() -> None:
     for request, size in sizes.items():
         assert request >> 16 & 0x3FFF == size
     assert kvm.PROTECTED_VM_INFO.size == 64
-    assert kvm.DmaCopy.COPY >> 16 & 0x3FFF == kvm.DmaCopy.ARGS.size
+    assert kvm.DmaCopy.ARGS.size == kvm.DmaCopy.COPY >> 16 & 0x3FFF
 
 
 def test_enable_cap_layout() -> None:
