@@ -33,7 +33,11 @@ MASK64 = (1 << 64) - 1
 
 
 class FakeFault(Exception):
-    """The host's stage-2 refuses."""
+    """The host's stage-2 refuses; `ipa` is the first byte refused."""
+
+    def __init__(self, ipa: int, why: str) -> None:
+        super().__init__(why)
+        self.ipa = ipa
 
 
 class FakeBus:
@@ -48,10 +52,10 @@ class FakeBus:
     def _check(self, pa: int, length: int) -> int:
         offset = pa - RAM_BASE
         if not 0 <= offset <= RAM_BYTES - length:
-            raise FakeFault(f"nothing at {pa:#x}")
+            raise FakeFault(pa, f"nothing at {pa:#x}")
         for page in range(pa // PAGE, (pa + max(length, 1) - 1) // PAGE + 1):
             if page in self.lost:
-                raise FakeFault(f"PA {page * PAGE:#x} is not the host's")
+                raise FakeFault(max(pa, page * PAGE), f"PA {page * PAGE:#x} is not the host's")
         return offset
 
     def read(self, pa: int, length: int) -> bytes:

@@ -165,14 +165,14 @@ class HostMemory:
         try:
             return self._bus.read(self._pa + offset, length)
         except self._faults as fault:
-            raise self._refused(offset, length, access) from fault
+            raise self._refused(fault, offset, access) from fault
 
     def _store(self, offset: int, data: bytes, access: str) -> None:
         self._check(offset, len(data))
         try:
             self._bus.write(self._pa + offset, data)
         except self._faults as fault:
-            raise self._refused(offset, len(data), access) from fault
+            raise self._refused(fault, offset, access) from fault
 
     def _check(self, offset: int, length: int) -> None:
         if self._closed:
@@ -182,14 +182,8 @@ class HostMemory:
                 f"[{offset:#x}, +{length:#x}) is outside the mapping of {self.length:#x} bytes"
             )
 
-    def _refused(self, offset: int, length: int, access: str) -> ProtectedPageError:
-        """The error for the first byte of a failed access that the host may not touch; for the
-        access's first byte if by now the guest has shared the page."""
-        first = offset
-        while first < offset + length:
-            try:
-                self._bus.read(self._pa + first, 1)
-            except self._faults:
-                return ProtectedPageError(self.address + first, access)
-            first = (first | PAGE_MASK) + 1
-        return ProtectedPageError(self.address + offset, access)
+    def _refused(self, fault: Exception, offset: int, access: str) -> ProtectedPageError:
+        """The error for an access at `offset` that met `fault`; the fault knows the first byte
+        that the host may not touch."""
+        ipa: int = getattr(fault, "ipa", self._pa + offset)
+        return ProtectedPageError(self.address + ipa - self._pa, access)

@@ -61,4 +61,5 @@ class Clock(Protocol):
 
 
 BusFaults = tuple[type[Exception], ...]
-"""What `Bus` raises when the host's stage-2, or the bus itself, refuses an access."""
+"""What `Bus` raises when the host's stage-2, or the bus itself, refuses an access. A stage-2 fault
+has the address of the first byte refused as `ipa`, as FAR and HPFAR would tell it."""
