@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from contract.rig import RAM_BYTES, RAM_IPA, Rig, errno_of, rig, running_system
 from pkvm import events, guests
 from pkvm.check.invariants import check
-from pkvm.guests.agent import Agent
+from pkvm.guests.agent import Agent, MmioExit
+from pkvm.kvm import Vcpu
 from pkvm.kvm.kernel import Memory, RunPage
 from pkvm.system import System
 from pkvm.uapi import kvm as uapi
@@ -31,8 +32,8 @@ SPIN = (0x1400_0000).to_bytes(4, "little")
 DEVICE = 0x0A00_0000
 
 
-def start(body: object, *args: object) -> threading.Thread:
-    thread = threading.Thread(target=body, args=args, daemon=True)  # type: ignore[arg-type]
+def start(body: Callable[..., object], *args: object) -> threading.Thread:
+    thread = threading.Thread(target=body, args=args, daemon=True)
     thread.start()
     return thread
 
@@ -159,8 +160,8 @@ def test_with_the_virtual_clock_threads_make_no_difference(protected: bool) -> N
 
 
 @pytest.fixture
-def agent() -> Iterator[tuple[Rig, Agent]]:
-    """The agent in a non-protected VM."""
+def agent() -> Iterator[tuple[Rig, Agent, Vcpu]]:
+    """The agent in a vCPU of a non-protected VM."""
     with rig() as made:
         made.firmware.write(0, guests.image("agent"))
         [vcpu] = made.vcpus()
@@ -168,34 +169,33 @@ def agent() -> Iterator[tuple[Rig, Agent]]:
         vcpu.set_reg("sp_el1", 0x1_0000_0000 + BLOCK)
         driver = Agent(vcpu, on_mmio=lambda mmio: 0x8182_8384_8586_8788)
         driver.start()
-        yield made, driver
+        yield made, driver, vcpu
 
 
 @pytest.mark.parametrize(("size", "value"), [(1, 0x88), (2, 0x8788), (4, 0x8586_8788)])
 def test_mmio_loads_of_a_non_protected_guest(
-    agent: tuple[Rig, Agent], size: int, value: int
+    agent: tuple[Rig, Agent, Vcpu], size: int, value: int
 ) -> None:
-    _, driver = agent
+    _, driver, _ = agent
     assert driver.load(DEVICE, size) == value
     sign = (1 << 64) - (1 << 8 * size)
     assert driver.load(DEVICE, size, signed=True) == value | sign
 
 
 def test_registers_of_a_non_protected_guest_are_the_vmms_to_read(
-    agent: tuple[Rig, Agent],
+    agent: tuple[Rig, Agent, Vcpu],
 ) -> None:
-    made, driver = agent
-    vcpu = driver.vcpu
-    assert vcpu.get_reg("pc") >> 32 == 1  # type: ignore[attr-defined]
-    assert vcpu.get_reg("pstate") & 0xF == 5  # type: ignore[attr-defined]
+    made, driver, vcpu = agent
+    assert vcpu.get_reg("pc") >> 32 == 1
+    assert vcpu.get_reg("pstate") & 0xF == 5
     driver.store(RAM_IPA + 0x3000, 77)
     assert made.ram.read(0x3000, 1) == b"M"
     made.ram.write(0x3000, b"N")
     assert driver.load(RAM_IPA + 0x3000, 1) == ord("N")
 
 
-def test_a_slot_comes_and_goes_under_a_running_guest(agent: tuple[Rig, Agent]) -> None:
-    made, driver = agent
+def test_a_slot_comes_and_goes_under_a_running_guest(agent: tuple[Rig, Agent, Vcpu]) -> None:
+    made, driver, _ = agent
     memory = made.kvm.mmap(BLOCK)
     memory.write(8, b"slot")
     address = 0x8000_0000
@@ -212,15 +212,17 @@ def test_a_slot_comes_and_goes_under_a_running_guest(agent: tuple[Rig, Agent]) -
     memory.close()
 
 
-def test_stores_to_a_readonly_slot_are_mmio_and_loads_are_not(agent: tuple[Rig, Agent]) -> None:
-    made, driver = agent
+def test_stores_to_a_readonly_slot_are_mmio_and_loads_are_not(
+    agent: tuple[Rig, Agent, Vcpu],
+) -> None:
+    made, driver, _ = agent
     memory = made.kvm.mmap(PAGE)
     memory.write(0, b"rom!")
     made.vm.set_user_memory_region(7, 0x8000_0000, memory, flags=uapi.MemFlag.READONLY)
     seen: list[tuple[int, int]] = []
 
-    def observe(mmio: object) -> int:
-        seen.append((mmio.address, mmio.data))  # type: ignore[attr-defined]
+    def observe(mmio: MmioExit) -> int:
+        seen.append((mmio.address, mmio.data))
         return 0
 
     driver.on_mmio = observe

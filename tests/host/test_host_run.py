@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""KVM_RUN on a scripted EL2: exits, MMIO, faults, PSCI, kicks and closes."""
+"""KVM_RUN on a scripted EL2: exits, MMIO, faults, kicks and closes."""
 
 from __future__ import annotations
 
@@ -7,82 +7,16 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from host_fakes import BLOCK, PAGE, FakeVcpu, Guest, Rig, errno_of
+from host_fakes import BLOCK, PAGE, FakeVcpu, Guest, errno_of
+from host_machine import DEVICE, RAM_IPA, TIMEOUT_S, Machine, dabt
 
-from pkvm.arm64 import psci
-from pkvm.arm64.esr import EC, EC_SHIFT, IL, ISV, SAS_SHIFT, SF, SRT_SHIFT, SSE, WNR
+from pkvm.arm64.esr import EC, EC_SHIFT, IL, SF, SRT_SHIFT, SSE
 from pkvm.arm64.registers import SCTLR_EE
-from pkvm.arm64.smccc import VENDOR_HYP_UID, Function
-from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.hyp.abi import ExitCode, HostCall, HostVcpu, HypRequest, VcpuFlag
 from pkvm.uapi import kvm as uapi
 
 EPERM, EINTR, ENOEXEC, ENOMEM, EFAULT, EINVAL = 1, 4, 8, 12, 14, 22
-POWER_OFF = uapi.VcpuFeature.POWER_OFF
-RAM_IPA = 0x4000_0000
-DEVICE = 0x0900_0000
-HVC = EC.HVC64 << EC_SHIFT | IL
 MASK64 = (1 << 64) - 1
-TIMEOUT_S = 20
-
-
-class Machine:
-    """A VM with RAM at RAM_IPA; `guests` are its vCPUs' programs."""
-
-    def __init__(self, *guests: Guest, protected: bool = True, off: bool = True) -> None:
-        self.rig = Rig(firmware=FirmwareRegion(0x9000_0000, PAGE))
-        self.free = self.rig.kernel.free_pages
-        rig = self.rig
-        self.vm = rig.vm()
-        self.ram = rig.kernel.mmap(2 * BLOCK)
-        self.fw = rig.kernel.mmap(PAGE)
-        rig.slot(self.vm, 0, RAM_IPA, 2 * BLOCK, self.ram.address)
-        rig.slot(self.vm, 1, 0, PAGE, self.fw.address)
-        self.vcpus = [
-            rig.vcpu(self.vm, index, *([POWER_OFF] if index and off else []))
-            for index in range(len(guests))
-        ]
-        self.pages = [rig.kernel.mmap_vcpu(fd, uapi.VCPU_MMAP_SIZE) for fd in self.vcpus]
-        if protected:
-            rig.cap(self.vm, uapi.ProtectedVm.ENABLE, 1)
-        rig.el2.guests.update(enumerate(guests))
-
-    def run(self, index: int = 0) -> int:
-        """KVM_RUN; the exit reason."""
-        assert self.rig.run(self.vcpus[index]) == 0
-        return self.reason(index)
-
-    def reason(self, index: int = 0) -> int:
-        return int.from_bytes(self.pages[index].view[8:12], "little")
-
-    def mmio(self, index: int = 0) -> tuple[int, bytes, int, int]:
-        address, data, size, is_write = uapi.Run.MMIO.unpack_from(self.pages[index].view, 32)
-        return address, data, size, is_write
-
-    def answer(self, data: bytes) -> None:
-        self.pages[0].view[40 : 40 + len(data)] = data
-
-    def close(self) -> None:
-        for page in self.pages:
-            page.close()
-        for fd in (self.vm, *self.vcpus):
-            self.rig.kernel.close(fd)
-        self.ram.close()
-        self.fw.close()
-        assert self.rig.kernel.free_pages == self.free
-        assert not self.rig.bus.lost
-        assert not self.rig.el2.vms
-
-
-def dabt(
-    ipa: int, size: int = 2, *, write: bool = False, isv: bool = True, more: int = 0
-) -> dict[str, int]:
-    esr = EC.DABT_LOW << EC_SHIFT | IL | 0x07 | more
-    if isv:
-        esr |= ISV | size << SAS_SHIFT
-    if write:
-        esr |= WNR
-    return {"esr": esr, "far": ipa & 0xFFF, "hpfar": ipa >> 12 << 4}
 
 
 def test_an_mmio_store_comes_out_and_the_next_run_steps_over_it() -> None:
@@ -311,133 +245,6 @@ def test_a_shared_page_outlives_its_mapping() -> None:
     free = machine.rig.kernel.free_pages
     machine.ram.close()
     assert machine.rig.kernel.free_pages == free
-    machine.close()
-
-
-# Guest calls
-
-
-def calls(*arguments: tuple[int, ...], esr: int = HVC) -> tuple[Guest, list[tuple[int, ...]]]:
-    """A non-protected guest that makes calls, and their results."""
-    results: list[tuple[int, ...]] = []
-
-    def guest(vcpu: FakeVcpu) -> Iterator[int]:
-        for one in arguments:
-            words = {f"x{n}": value for n, value in enumerate((*one, 0, 0, 0)[:4])}
-            yield vcpu.publish(esr=esr, **words)
-            results.append(tuple(vcpu.read(HostVcpu.X + 8 * n) for n in range(4)))
-
-    return guest, results
-
-
-def test_smccc_and_psci_of_a_non_protected_guest() -> None:
-    features = psci.Function.PSCI_FEATURES
-    table: list[tuple[tuple[int, ...], tuple[int, ...] | int]] = [
-        ((Function.SMCCC_VERSION,), 0x1_0001),
-        ((Function.VENDOR_UID,), VENDOR_HYP_UID),
-        ((Function.KVM_FEATURES,), 1),
-        ((Function.HYP_MEMINFO,), MASK64),
-        ((Function.MEM_SHARE, RAM_IPA), MASK64),
-        ((0xC600_00FF,), MASK64),
-        ((psci.Function.PSCI_VERSION,), 0x1_0001),
-        ((psci.Function.PSCI_VERSION | 1 << 40,), 0x1_0001),
-        ((features, psci.Function.CPU_ON_64), 0),
-        ((features, Function.SMCCC_VERSION), 0),
-        ((features, psci.Function.SYSTEM_SUSPEND_64), psci.NOT_SUPPORTED),
-        ((psci.Function.MIGRATE_INFO_TYPE,), 2),
-        ((psci.Function.AFFINITY_INFO_64, 0), 0),
-        ((psci.Function.AFFINITY_INFO_64, 1), 1),
-        ((psci.Function.AFFINITY_INFO_64, 0, 3), 0),
-        ((psci.Function.AFFINITY_INFO_64, 7), psci.INVALID_PARAMS),
-        ((psci.Function.AFFINITY_INFO_64, 0, 4), psci.INVALID_PARAMS),
-        ((psci.Function.AFFINITY_INFO_64, 1 << 31), psci.INVALID_PARAMS),
-        ((psci.Function.CPU_ON_64, 0, 1, 2), psci.ALREADY_ON),
-        ((psci.Function.CPU_ON_64, 9, 1, 2), psci.INVALID_PARAMS),
-        ((psci.Function.CPU_ON_64, 1 << 31 | 1, 1, 2), psci.INVALID_PARAMS),
-        ((psci.Function.SYSTEM_RESET2_64, 5), psci.INVALID_PARAMS),
-    ]
-    guest, results = calls(*(arguments for arguments, _ in table))
-    machine = Machine(guest, lambda vcpu: iter(()), protected=False)
-    assert errno_of(machine.run) == EINVAL
-    for (arguments, expected), result in zip(table, results, strict=True):
-        wanted = expected if isinstance(expected, tuple) else (expected, 0, 0, 0)
-        assert result == wanted, hex(arguments[0])
-
-
-def test_smc_is_as_hvc_but_for_its_immediate() -> None:
-    smc = EC.SMC64 << EC_SHIFT | IL
-    for immediate, expected in ((0, 0x1_0001), (1, MASK64)):
-        guest, results = calls((Function.SMCCC_VERSION,), esr=smc | immediate)
-        machine = Machine(guest, protected=False)
-        assert errno_of(machine.run) == EINVAL
-        assert results[0][0] == expected
-
-
-@pytest.mark.parametrize("protected", [False, True])
-@pytest.mark.parametrize(
-    ("function", "kind", "flags"),
-    [
-        (psci.Function.SYSTEM_OFF, uapi.SystemEvent.SHUTDOWN, 0),
-        (psci.Function.SYSTEM_RESET, uapi.SystemEvent.RESET, 0),
-        (psci.Function.SYSTEM_RESET2_64, uapi.SystemEvent.RESET, 1),
-    ],
-)
-def test_the_system_ends_and_no_vcpu_runs_any_more(
-    function: int, kind: int, flags: int, protected: bool
-) -> None:
-    guest, results = calls((function,))
-    machine = Machine(guest, protected=protected)
-    assert machine.run() == uapi.ExitReason.SYSTEM_EVENT
-    event = uapi.Run.SYSTEM_EVENT.unpack_from(machine.pages[0].view, 32)
-    assert event[:3] == (kind, 1, flags)
-    assert machine.rig.get_reg(machine.vcpus[0], uapi.reg_x(0)) == psci.INTERNAL_FAILURE
-    runs = threading.Thread(target=errno_of, args=(machine.run,))
-    runs.start()
-    runs.join(0.05)
-    assert runs.is_alive(), "it waits, as a vCPU that is off does"
-    while runs.is_alive():
-        machine.rig.kernel.kick(machine.vcpus[0])
-        runs.join(0.01)
-    assert not results
-    machine.close()
-
-
-@pytest.mark.parametrize("protected", [False, True])
-def test_cpu_on_wakes_the_thread_that_waits_in_kvm_run(protected: bool) -> None:
-    order: list[str] = []
-    seen: list[int] = []
-
-    def first(vcpu: FakeVcpu) -> Iterator[int]:
-        yield vcpu.publish(esr=HVC, x0=psci.Function.CPU_ON_64, x1=1, x2=0x5000, x3=77)
-        order.append("on")
-        seen.append(vcpu.read(HostVcpu.X))
-        yield vcpu.publish(esr=HVC, x0=psci.Function.CPU_OFF)
-        order.append("never")
-
-    def second(vcpu: FakeVcpu) -> Iterator[int]:
-        order.append("second")
-        seen.extend(vcpu.read(HostVcpu.PC + at) for at in (0, 8))
-        seen.append(vcpu.read(HostVcpu.X))
-        yield vcpu.publish(**dabt(DEVICE, 0))
-
-    machine = Machine(first, second, protected=protected)
-    done: list[int] = []
-    secondary = threading.Thread(target=lambda: done.append(machine.run(1)))
-    secondary.start()
-    primary = threading.Thread(target=errno_of, args=(machine.run,))
-    primary.start()
-    secondary.join(TIMEOUT_S)
-    assert done == [uapi.ExitReason.MMIO]
-    assert sorted(order) == ["on", "second"]
-    assert 0 in seen
-    if not protected:
-        assert {0x5000, 0x3C5, 77} <= set(seen)
-    while primary.is_alive():
-        machine.rig.kernel.kick(machine.vcpus[0])
-        primary.join(0.01)
-    state = bytearray(4)
-    machine.rig.kernel.ioctl(machine.vcpus[0], uapi.Ioctl.GET_MP_STATE, state)
-    assert state[0] == uapi.MpState.STOPPED
     machine.close()
 
 
