@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import random
 import struct
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from unicorn import arm64_const
 
 from cpu.conftest import MakeGuest
 from cpu.cpu_guest import (
@@ -235,6 +239,28 @@ def test_stack_pointers_follow_the_mode(guest: Guest, mode: int) -> None:
         assert (engine.sp(0), engine.sp(1)) == (0x100, 0x200)
 
 
+def test_changing_the_mode_keeps_the_stack_pointer_that_was_in_use(guest: Guest) -> None:
+    engine = guest.engine
+    engine.set_sp(1, 0x300)
+    engine.pstate = reg.PSTATE_EL0T
+    assert engine.sp(1) == 0x300
+    engine.set_sp(0, 0x400)
+    engine.pstate = reg.PSTATE_RESET
+    assert (engine.sp(0), engine.sp(1)) == (0x400, 0x300)
+
+
+def test_loading_a_context_clears_the_exclusive_monitor(guest: Guest) -> None:
+    engine = guest.engine
+    load_and_store = [*mov(1, DATA), 0xC85F7C20, hvc(0), 0xC8027C20, hvc(1)]  # LDXR X0; STXR W2
+    guest.run(*load_and_store, exits=2)
+    assert engine.x[2] == 0
+    guest.run(*load_and_store)
+    engine.save_context(FIRST)
+    engine.load_context(FIRST)
+    engine.run()
+    assert engine.x[2] == 1
+
+
 @pytest.mark.parametrize("value", [0x3C9, 0x3CD, 0x3C1, 0x3D3, 0x3DF])
 def test_modes_that_no_guest_has(guest: Guest, value: int) -> None:
     with pytest.raises(ValueError, match="no mode"):
@@ -246,6 +272,20 @@ def test_pstate_keeps_its_flags(guest: Guest) -> None:
     for value in (0xF000_03C5, 0x8000_0005, 0x6000_0000, 0x1000_0004):
         guest.engine.pstate = value
         assert guest.engine.pstate == value
+
+
+@given(flags=st.integers(0, 15), rest=st.integers(0, 0xFFF), mode=st.sampled_from([0, 4, 5]))
+def test_pstate_is_put_together_as_libunicorn_does(flags: int, rest: int, mode: int) -> None:
+    engine = shared_engine()
+    value = flags << 28 | rest << 10 & 0xC00 | rest & 0x3C0 | mode
+    engine.pstate = value
+    assert engine.pstate == value
+    assert engine._read_register(arm64_const.UC_ARM64_REG_PSTATE) == value
+
+
+@cache
+def shared_engine() -> UnicornEngine:
+    return UnicornEngine(PhysicalMemory(RAM_BASE, RAM_BYTES))
 
 
 def test_xzr_is_not_stored(guest: Guest) -> None:
@@ -285,7 +325,7 @@ def test_breakpoint_registers_store_and_nothing_matches(guest: Guest) -> None:
     guest.run(
         *mov(0, 0xA000),
         0xD5100240,  # MSR MDSCR_EL1, X0
-        *mov(0, CODE + 14 * 4),
+        *mov(0, CODE + 16 * 4),
         0xD5100080,  # MSR DBGBVR0_EL1, X0
         *mov(0, 0x1E7),
         0xD51000A0,  # MSR DBGBCR0_EL1, X0

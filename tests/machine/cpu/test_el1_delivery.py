@@ -257,6 +257,19 @@ def test_aarch32_state_is_set_by_pstate_as_it_was_read(guest: Guest) -> None:
     assert engine.x[0] == 0x51
 
 
+def test_slice_ends_in_aarch32_el0(make_guest: MakeGuest) -> None:
+    guest = make_guest(count_blocks=True)
+    engine = guest.engine
+    guest.write(CODE, *thumb_guest(guest, 0x3301, 0xE7FD))  # ADDS R3, #1; B .-2
+    engine.pc = CODE
+    for rounds in (10, 30):
+        engine.set_slice(rounds)
+        assert engine.run() is StopReason.SLICE
+        assert engine.pstate & reg.PSTATE_NRW
+        assert engine.pc in (DATA, DATA + 2)
+    assert 30 <= engine.x[3] <= 40
+
+
 def test_undef_injected_into_aarch32_el0(guest: Guest) -> None:
     engine = guest.engine
     guest.run(*mov(1, UNMAPPED), *thumb_guest(guest, 0x6008))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 
 from cpu.conftest import MakeGuest
@@ -35,6 +37,7 @@ from pkvm.arm64.esr import EC, hpfar_to_ipa
 from pkvm.arm64.registers import SysReg
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
+from pkvm.machine.cpu.library import INTERRUPT_HOOK, Library
 from pkvm.machine.cpu.timers import host_counter
 from pkvm.machine.cpu.unicorn_engine import UnicornEngine
 
@@ -280,6 +283,7 @@ def test_run_inside_the_vector_is_refused(guest: Guest) -> None:
 def test_closed_engine_refuses_to_run_and_survives_everything_else(guest: Guest) -> None:
     engine = guest.engine
     engine.x[3] = 33
+    kept = engine.x
     engine.close()
     engine.close()
     with pytest.raises(EngineError, match="closed"):
@@ -290,6 +294,8 @@ def test_closed_engine_refuses_to_run_and_survives_everything_else(guest: Guest)
     engine.set_virtual_irq(level=True)
     assert engine.x[3] == 33
     engine.x[3] = 34
+    with pytest.raises(ValueError, match="released"):
+        kept[3]
     engine.pc = 4
 
 
@@ -332,3 +338,21 @@ def test_counter_of_the_host_is_the_one_that_timers_use(guest: Guest) -> None:
     before = host_counter()
     guest.run(mrs(0, reg.CNTPCT_EL0), hvc(0))
     assert before <= guest.engine.x[0] <= host_counter()
+
+
+def test_bare_hook_takes_every_exception_until_it_stops(guest: Guest) -> None:
+    library = Library()
+    numbers = []
+
+    def hook(handle: int, number: int, _data: int) -> None:
+        numbers.append(number)
+        if len(numbers) == 3:
+            library.uc_emu_stop(handle)
+
+    callback = INTERRUPT_HOOK(hook)
+    guest.write(CODE, hvc(0), hvc(1), hvc(2), hvc(3))
+    guest.engine.pc = CODE
+    guest.engine.run_bare(ctypes.cast(callback, ctypes.c_void_p).value or 0)
+    assert numbers == [11, 11, 11]
+    assert guest.engine.pc == CODE + 12
+    guest.run_known_program()

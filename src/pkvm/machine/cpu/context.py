@@ -34,6 +34,8 @@ _CPSR_WRITE_RAW = 2
 _AARCH64_MODES = (reg.PSTATE_EL0T, reg.PSTATE_EL1T, reg.PSTATE_EL1H)
 _AARCH32_USER = reg.PSTATE_NRW
 _FOUR = struct.Struct("<4Q")
+_PSTATE = struct.Struct("<2I184x4I16xI4xQ")
+"""From `pstate` on: PSTATE's rest, nRW inverted, C, V (bit 31), N (bit 31), not Z, BTYPE, DAIF."""
 
 
 class CpuContext:
@@ -66,8 +68,9 @@ class CpuContext:
         self._words: memoryview[int] = self._state.cast("Q")
         self._halves: memoryview[int] = self._state.cast("I")
         first = layout.xregs
+        self._x: memoryview[int] = self._state[first : first + 31 * 8].cast("Q")
         # A memoryview lacks insert and its kin, which nobody may call on registers.
-        self.x = cast("MutableSequence[int]", self._state[first : first + 31 * 8].cast("Q"))
+        self.x = cast("MutableSequence[int]", self._x)
         self._xregs = layout.xregs
         self._pc_word = layout.pc >> 3
         self._sp_word = (layout.xregs >> 3) + 31
@@ -78,7 +81,12 @@ class CpuContext:
         self._aarch64_half = layout.aarch64 >> 2
 
     def _detach(self) -> None:
-        self._attach((ctypes.c_uint8 * self._layout.context_bytes).from_buffer_copy(self._state))
+        """Go on with a copy of the registers; views that somebody kept raise ValueError now."""
+        copy = (ctypes.c_uint8 * self._layout.context_bytes).from_buffer_copy(self._state)
+        views = (self._x, self._words, self._halves, self._state)
+        self._attach(copy)
+        for view in views:
+            view.release()
 
     # Registers
 
@@ -108,7 +116,7 @@ class CpuContext:
 
     def args(self) -> tuple[int, int, int, int]:
         """X0-X3 in one read."""
-        return cast("tuple[int, int, int, int]", _FOUR.unpack_from(self._state, self._xregs))
+        return _FOUR.unpack_from(self._state, self._xregs)
 
     def set_results(self, x0: int, x1: int, x2: int, x3: int) -> None:
         """X0-X3 in one write; values are unsigned 64-bit numbers, else struct.error."""
@@ -117,9 +125,13 @@ class CpuContext:
     @property
     def pstate(self) -> int:
         """PSTATE in SPSR_ELx form; bit 4 is set in AArch32 state."""
-        if not self._halves[self._aarch64_half]:
+        pstate, aarch64, carry, overflow, negative, zero, btype, daif = _PSTATE.unpack_from(
+            self._state, self._layout.pstate
+        )
+        if not aarch64:
             return int(self._library.cpsr_read(self._addresses.env))
-        return self._read_register(arm64_const.UC_ARM64_REG_PSTATE)
+        pstate |= negative & 1 << 31 | carry << 29 | overflow >> 31 << 28 | btype << 10 | daif
+        return pstate if zero else pstate | 1 << 30
 
     @pstate.setter
     def pstate(self, value: int) -> None:

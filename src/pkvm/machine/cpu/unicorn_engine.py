@@ -38,13 +38,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from unicorn import arm64_const
 from unicorn import unicorn_const as uc
 
 from pkvm.arm64 import bits
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64 import registers as reg
-from pkvm.machine.cpu import selfcheck, thunks
+from pkvm.machine.cpu import cpu_models, selfcheck, thunks
 from pkvm.machine.cpu.context import CpuContext
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
@@ -52,33 +51,13 @@ from pkvm.machine.cpu.exclusion import INSIDE, INTERRUPTED, WAITING, CpuOwnershi
 from pkvm.machine.cpu.library import (
     BLOCK_HOOK,
     CALLBACK,
-    CTL_WRITE_ONE,
     INTERRUPT_HOOK,
     Library,
 )
 from pkvm.machine.cpu.sysregs import AARCH64_KEY
 from pkvm.machine.cpu.timers import GenericTimer
 from pkvm.machine.cpu.unicorn_layout import LAYOUT
-from pkvm.machine.memory import PAGE_SIZE, PhysicalMemory
-
-CPU_MODELS = {
-    "cortex-a72": arm64_const.UC_CPU_ARM64_A72,
-    "max": arm64_const.UC_CPU_ARM64_MAX,
-}
-TRANSLATION_BUFFER = 128 << 20
-"""Bytes of host code that translations may take before all are dropped."""
-
-SCR_EL3 = 1 << 0 | 1 << 7 | 1 << 8 | 1 << 10
-"""NS, SMD, HCE, RW."""
-SCR_EL3_PAUTH = 1 << 16 | 1 << 17
-"""APK, API."""
-CPTR_EL3_EZ = 1 << 8
-ZCR_EL2 = reg.SysReg(3, 4, 1, 2, 0)
-ZCR_EL3 = reg.SysReg(3, 6, 1, 2, 0)
-ZCR_LONGEST = 15
-
-PFR0_FP16 = 1 << 16 | 1 << 20
-"""ID_AA64PFR0_EL1: FP and AdvSIMD with half precision (0 is without, 0xF is none at all)."""
+from pkvm.machine.memory import PhysicalMemory
 
 _DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in range(4, 8)]
 _FNV = syndrome.ABORT_ISS["FnV"].mask
@@ -93,8 +72,8 @@ class UnicornEngine(CpuContext):
     """One physical CPU that executes guest code in `memory`; implements `CpuEngine`.
 
     `count_blocks` makes `blocks` count and `set_slice` possible. `counter` replaces the host's
-    clock as the physical counter (62.5 MHz ticks); it is called in the middle of guest code and
-    must not touch the engine. Raises EngineError if libunicorn is not the 2.1.4 wheel, ValueError
+    clock as the physical counter (62.5 MHz ticks); it is called in the middle of guest code, where
+    it may read `blocks` and call nothing else of the engine. Raises EngineError if libunicorn is not the 2.1.4 wheel, ValueError
     for an unknown CPU model.
     """
 
@@ -106,8 +85,7 @@ class UnicornEngine(CpuContext):
         count_blocks: bool = False,
         counter: Callable[[], int] | None = None,
     ) -> None:
-        if cpu_model not in CPU_MODELS:
-            raise ValueError(f"no CPU model {cpu_model!r}; there are {', '.join(CPU_MODELS)}")
+        cpu_models.require(cpu_model)
         library = Library()
         selfcheck.require_version(library, LAYOUT)
         if library.path not in _proven:
@@ -118,14 +96,11 @@ class UnicornEngine(CpuContext):
                 _proven.discard(library.path)
                 raise
         self._closed = True
-        handle = ctypes.c_void_p()
-        status = library.uc_open(uc.UC_ARCH_ARM64, uc.UC_MODE_ARM, ctypes.byref(handle))
-        library.check(status, "make an AArch64 engine")
+        handle = cpu_models.open_machine(library, cpu_model, memory)
         self._handle = handle
         self._finalizer = weakref.finalize(self, library.uc_close, handle)
         self._finalizer.atexit = False
         try:
-            _configure(library, handle, memory, CPU_MODELS[cpu_model])
             addresses = selfcheck.find_cpu(library, LAYOUT, handle.value or 0)
             super().__init__(library, LAYOUT, addresses, memory)
             self._set_up(count_blocks, counter)
@@ -150,10 +125,11 @@ class UnicornEngine(CpuContext):
         self._runner = 0
         self._reason: StopReason | None = None
         self._error: BaseException | None = None
-        _hide_half_precision(addresses.env + LAYOUT.isar_id_aa64pfr0)
+        cpu_models.hide_half_precision(addresses.env + LAYOUT.isar_id_aa64pfr0)
         self._install_hooks()
         self.vector = _no_vector
-        self._program_reset_state()
+        cpu_models.program_reset_state(self._sysregs)
+        self._make_pristine()
         self._counter = counter
         read_counter = None if counter is None else self._read_counter
         GenericTimer(self._sysregs, LAYOUT, self._words, read_counter)
@@ -168,8 +144,8 @@ class UnicornEngine(CpuContext):
         self._vector_callback = CALLBACK(self._on_vector)
         self._slow_callback = INTERRUPT_HOOK(self._on_exception)
         self._block_callback = BLOCK_HOOK(self._on_block)
-        exception_hook = _address(self._slow_callback)
-        block_hook = _address(self._block_callback)
+        self._exception_address = _address(self._slow_callback)
+        block_address = _address(self._block_callback)
         env = addresses.env
         pool = {
             "UC": addresses.uc,
@@ -177,7 +153,7 @@ class UnicornEngine(CpuContext):
             "DO_INTERRUPT": library.address_of("arm_cpu_do_interrupt"),
             "EMU_STOP": library.address_of("uc_emu_stop"),
             "VECTOR": _address(self._vector_callback),
-            "SLOW": exception_hook,
+            "SLOW": self._exception_address,
             "COUNTERS": ctypes.addressof(ctypes.c_uint64.from_buffer(self._counters)),
             "NO_EXIT": addresses.uc + LAYOUT.uc_no_exit_request,
             "TARGET_EL": env + LAYOUT.target_el,
@@ -189,29 +165,12 @@ class UnicornEngine(CpuContext):
         }
         self._native = thunks.build(pool)
         if self._native is not None:
-            exception_hook, block_hook = self._native.exception, self._native.block
-        self.add_hook(uc.UC_HOOK_INTR, exception_hook)
+            self._exception_address, block_address = self._native.exception, self._native.block
+        self._exception_hook = self._add_hook(uc.UC_HOOK_INTR, self._exception_address)
         if self._counting:
-            self.add_hook(uc.UC_HOOK_BLOCK, block_hook)
+            self._add_hook(uc.UC_HOOK_BLOCK, block_address)
 
-    def _program_reset_state(self) -> None:
-        """EL3 as firmware leaves it, EL2 with nothing trapped, EL1 just reset."""
-        scr = SCR_EL3
-        has_pauth = self.read_sysreg(reg.ID_AA64ISAR1_EL1) & 0xFF0
-        if has_pauth:
-            scr |= SCR_EL3_PAUTH
-        self.write_sysreg(reg.SCR_EL3, scr)
-        self.write_sysreg(reg.HCR_EL2, reg.hcr("RW", *(("API", "APK") if has_pauth else ())))
-        self.write_sysreg(reg.CPTR_EL3, CPTR_EL3_EZ)
-        self.write_sysreg(reg.CPTR_EL2, reg.CPTR_RES1)
-        if self.read_sysreg(reg.ID_AA64PFR0_EL1) >> 32 & 0xF:
-            self.write_sysreg(ZCR_EL2, ZCR_LONGEST)
-            self.write_sysreg(ZCR_EL3, ZCR_LONGEST)
-        self._make_pristine()
-
-    def add_hook(self, kind: int, address: int) -> int:
-        """Add a hook of libunicorn's (UC_HOOK_*) by the address of a C function that outlives the
-        engine; the handle is for `remove_hook`. For measurements: hooks add up."""
+    def _add_hook(self, kind: int, address: int) -> int:
         handle = ctypes.c_size_t()
         status = self._library.uc_hook_add(
             self._handle, ctypes.byref(handle), kind, address, None, 1, 0
@@ -219,9 +178,16 @@ class UnicornEngine(CpuContext):
         self._library.check(status, "add a hook")
         return handle.value
 
-    def remove_hook(self, handle: int) -> None:
-        """Remove a hook that `add_hook` added."""
-        self._library.check(self._library.uc_hook_del(self._handle, handle), "remove a hook")
+    def run_bare(self, hook: int) -> None:
+        """For measurements: run the guest with the C function at address `hook`, an INTERRUPT_HOOK,
+        in place of all that the engine does for an exception, until it calls `uc_emu_stop`."""
+        self._library.uc_hook_del(self._handle, self._exception_hook)
+        handle = self._add_hook(uc.UC_HOOK_INTR, hook)
+        try:
+            self._library.uc_emu_start(self._handle, self.pc, 0, 0, 0)
+        finally:
+            self._library.uc_hook_del(self._handle, handle)
+            self._exception_hook = self._add_hook(uc.UC_HOOK_INTR, self._exception_address)
 
     # Hooks, called by libunicorn while the guest owns the CPU
 
@@ -489,34 +455,6 @@ class UnicornEngine(CpuContext):
             with self._stopping:
                 self._closed = True
                 self._finalizer()
-
-
-def _configure(
-    library: Library, handle: ctypes.c_void_p, memory: PhysicalMemory, model: int
-) -> None:
-    """Choose CPU and page size, and map RAM; the first register access makes the machine."""
-    for control, value in (
-        (uc.UC_CTL_CPU_MODEL, model),
-        (uc.UC_CTL_UC_PAGE_SIZE, PAGE_SIZE),
-        (uc.UC_CTL_TCG_BUFFER_SIZE, TRANSLATION_BUFFER),
-        (uc.UC_CTL_UC_USE_EXITS, 1),
-    ):
-        code = CTL_WRITE_ONE | control
-        library.check(library.uc_ctl(handle, code, ctypes.c_uint32(value)), "be configured")
-    pc = ctypes.c_uint64()
-    status = library.uc_reg_read(handle, arm64_const.UC_ARM64_REG_PC, ctypes.byref(pc))
-    library.check(status, "make the CPU")
-    status = library.uc_mem_map_ptr(
-        handle, memory.ram_base, memory.ram_bytes, uc.UC_PROT_ALL, memory.host_address
-    )
-    library.check(status, f"map {memory.ram_bytes:#x} bytes of RAM at {memory.ram_base:#x}")
-
-
-def _hide_half_precision(address: int) -> None:
-    """Take FEAT_FP16 out of ID_AA64PFR0_EL1 at `address`, keeping FP and AdvSIMD."""
-    pfr0 = ctypes.c_uint64.from_address(address)
-    if pfr0.value & PFR0_FP16 == PFR0_FP16:
-        pfr0.value &= ~PFR0_FP16
 
 
 def _address(callback: Any) -> int:

@@ -26,8 +26,6 @@ class UnicornLayout:
 
     # struct uc_struct
     uc_cpu: int = 440
-    uc_invalid_address: int = 1416
-    """PA of the access that ended emulation because nothing answers there."""
     uc_no_exit_request: int = 2034
     """Byte; 1 keeps translations free of an exit check after every load and store."""
 
@@ -53,7 +51,6 @@ class UnicornLayout:
     """CF, VF, NF, ZF: 16 bytes."""
     elr_el: int = 568
     sp_el: int = 600
-    hcr_el2: int = 952
     esr_el: int = 984
     far_el: int = 1048
     hpfar_el2: int = 1080
@@ -68,7 +65,6 @@ class UnicornLayout:
     irq_line_state: int = 3064
     zregs: int = 3088
     zreg_bytes: int = 256
-    zcr_el: int = 12000
     exclusive_address: int = 12032
     context_bytes: int = 12336
     """All state that a CPU reset clears, which is all state of one vCPU."""
@@ -93,9 +89,8 @@ class UnicornLayout:
     type_special: int = 1
     type_const: int = 2
 
-    # Indices in banked_spsr
+    # Index in banked_spsr
     spsr_el1: int = 1
-    spsr_el2: int = 6
 
     # Bits of CPUState.interrupt_request and CPUARMState.irq_line_state
     interrupt_virq: int = 0x40
