@@ -242,9 +242,43 @@ def test_close_ends_a_run(guest: Guest) -> None:
     runner = Runner(guest)
     until(lambda: guest.read(DATA) > 0)
     guest.engine.close()
-    outcome = runner.result()
-    assert isinstance(outcome, EngineError)
+    assert isinstance(runner.result(), EngineError)
+    assert not guest.engine._finalizer.alive
     guest.engine.interrupt()
+
+
+def test_close_while_another_thread_is_in_the_vector(guest: Guest) -> None:
+    guest.write(CODE, hvc(1), hvc(2))
+    guest.engine.pc = CODE
+    in_vector, go_on = threading.Event(), threading.Event()
+
+    def vector() -> bool:
+        in_vector.set()
+        assert go_on.wait(SECONDS)
+        return guest.engine.x[0] == 0
+
+    guest.engine.vector = vector
+    runner = Runner(guest)
+    assert in_vector.wait(SECONDS)
+    guest.engine.close()
+    go_on.set()
+    assert isinstance(runner.result(), EngineError)
+    assert guest.engine.pc == CODE + 4
+    assert not guest.engine._finalizer.alive
+
+
+def test_close_inside_the_vector(guest: Guest) -> None:
+    guest.write(CODE, hvc(1), hvc(2))
+    guest.engine.pc = CODE
+
+    def vector() -> bool:
+        guest.engine.close()
+        return True
+
+    guest.engine.vector = vector
+    with pytest.raises(EngineError, match="closed"):
+        guest.engine.run()
+    assert not guest.engine._finalizer.alive
 
 
 def test_second_run_from_another_thread_is_refused(guest: Guest) -> None:

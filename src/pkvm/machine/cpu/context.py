@@ -131,7 +131,7 @@ class CpuContext:
         if not aarch64:
             return int(self._library.cpsr_read(self._addresses.env))
         pstate |= negative & 1 << 31 | carry << 29 | overflow >> 31 << 28 | btype << 10 | daif
-        return pstate if zero else pstate | 1 << 30
+        return int(pstate if zero else pstate | 1 << 30)
 
     @pstate.setter
     def pstate(self, value: int) -> None:

@@ -73,8 +73,8 @@ class UnicornEngine(CpuContext):
 
     `count_blocks` makes `blocks` count and `set_slice` possible. `counter` replaces the host's
     clock as the physical counter (62.5 MHz ticks); it is called in the middle of guest code, where
-    it may read `blocks` and call nothing else of the engine. Raises EngineError if libunicorn is not the 2.1.4 wheel, ValueError
-    for an unknown CPU model.
+    it may read `blocks` and call nothing else of the engine. Raises EngineError if libunicorn is
+    not the 2.1.4 wheel, ValueError for an unknown CPU model.
     """
 
     def __init__(
@@ -317,6 +317,8 @@ class UnicornEngine(CpuContext):
             flags[INSIDE] = False
             self._runner = 0
             self._running.release()
+            if self._closed:
+                self._free()
 
     def _emulate(self) -> StopReason | None:
         """Start emulation once; None if it ended for no reason that EL2 knows."""
@@ -394,7 +396,7 @@ class UnicornEngine(CpuContext):
     def _stop(self) -> None:
         """Ask libunicorn to leave guest code; from any thread."""
         with self._stopping:
-            if not self._closed:
+            if self._finalizer.alive:
                 self._library.uc_emu_stop(self._handle)
 
     def set_virtual_irq(self, level: bool) -> None:
@@ -447,14 +449,23 @@ class UnicornEngine(CpuContext):
         self._counters[thunks.LIMIT] = self._counters[thunks.COUNT] + blocks
 
     def close(self) -> None:
-        """Free the engine. Idempotent. Registers keep their last values."""
-        with self._ownership:
-            if self._closed:
-                return
-            self._detach()
-            with self._stopping:
-                self._closed = True
-                self._finalizer()
+        """Free the engine, or let a run that is under way end with EngineError and free it then.
+        Idempotent. Registers keep their last values; a view of `x` kept from before does not."""
+        self._closed = True
+        self.interrupt()
+        self._free()
+
+    def _free(self) -> None:
+        """Free the engine unless a run is under way, which will call this at its end."""
+        if not self._running.acquire(blocking=False):
+            return
+        try:
+            with self._ownership, self._stopping:
+                if self._finalizer.alive:
+                    self._detach()
+                    self._finalizer()
+        finally:
+            self._running.release()
 
 
 def _address(callback: Any) -> int:
