@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from pkvm.hyp.errors import Errno, HypBug, Refused
@@ -42,6 +43,35 @@ def test_stack_zeroes_links_and_counts(memory: PhysicalMemory, vmemmap: Vmemmap)
     assert stack.alloc() == first
     with pytest.raises(HypBug):
         stack.alloc()
+
+
+def test_many_pages_come_and_go_as_single_ones_do(memory: PhysicalMemory, vmemmap: Vmemmap) -> None:
+    stack = PageStack(memory, vmemmap)
+    pas = np.array([RAM + at * PAGE for at in (8, 12, 9)], np.uint64)
+    for pa in pas.tolist():
+        memory.write(pa, b"\xaa" * PAGE)
+        vmemmap.refcount[(pa - RAM) // PAGE] = 1
+    stack.free_many(pas)
+    stack.free_many(pas[:0])
+    assert stack.available == 3
+    assert stack.pages() == pas.tolist()[::-1]
+    assert not vmemmap.refcounts.any()
+    with pytest.raises(HypBug):
+        stack.alloc_many(4)
+    assert stack.alloc_many(2).tolist() == pas.tolist()[:0:-1]
+    assert vmemmap.refcounts[[8, 12, 9]].tolist() == [0, 1, 1]
+    assert not memory.table(RAM + 9 * PAGE).any()
+    assert stack.pages() == [RAM + 8 * PAGE]
+
+
+def test_pool_gives_many_freed_pages_first(memory: PhysicalMemory, vmemmap: Vmemmap) -> None:
+    pool = PagePool(memory, vmemmap, RAM + 16 * PAGE, 8 * PAGE)
+    first = pool.alloc_many(2)
+    pool.free_many(first)
+    assert pool.alloc_many(3).tolist() == [*first.tolist()[::-1], RAM + 18 * PAGE]
+    with pytest.raises(Refused):
+        pool.alloc_many(6)
+    assert pool.available == 5
 
 
 def test_pool_hands_out_each_page_once(memory: PhysicalMemory, vmemmap: Vmemmap) -> None:

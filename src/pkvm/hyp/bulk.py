@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Stage-2 tables, many pages at once: arrays of frames in, tables filled with numpy.
+"""Stage-2 tables, many entries at once: runs of numbers in, tables filled with numpy.
 
-A frame is an IPA >> 12, a region the 2 MiB that one last-level table covers
-(frame >> 9). A contiguous range is nothing special: it is an array of frames
-that happens to be dense. The rules are `pkvm.hyp.pgtable`'s.
+An entry at `level` has the number IPA >> level_shift(level); at the last level
+that is a frame. Entries of consecutive numbers are a run. 512 of them, aligned,
+are a whole table, whose refcount says without a look whether anything is in it.
+The rules are `pkvm.hyp.pgtable`'s.
 """
 
 from __future__ import annotations
@@ -20,16 +21,32 @@ from pkvm.arm64.stage2 import (
     PAGE_SHIFT,
     TABLE_ENTRIES,
     VALID,
-    is_table,
     level_shift,
     level_size,
 )
-from pkvm.hyp.pgtable import Stage2
+from pkvm.hyp.errors import HypBug
+from pkvm.hyp.pgtable import STEPS, TABLE, Stage2
 
 Frames = npt.NDArray[np.int64]
 Entries = npt.NDArray[np.uint64]
-REGION_FRAMES = TABLE_ENTRIES
-_REGION_SHIFT = 9
+_TABLE_SHIFT = 9
+_INDEX_MASK = TABLE_ENTRIES - 1
+
+
+class Runs(NamedTuple):
+    """Runs of numbers, which rise and are apart: the first number and the length of each."""
+
+    starts: Frames
+    sizes: Frames
+
+    @property
+    def ends(self) -> Frames:
+        """The number after each run."""
+        return self.starts + self.sizes
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> Runs:
+        """Some of the runs."""
+        return Runs(self.starts[mask], self.sizes[mask])
 
 
 class Leaves(NamedTuple):
@@ -42,37 +59,58 @@ class Leaves(NamedTuple):
     @property
     def npages(self) -> Frames:
         """Pages that each leaf covers."""
-        return np.left_shift(1, _REGION_SHIFT * (LAST_LEVEL - self.levels))
+        return np.left_shift(1, _TABLE_SHIFT * (LAST_LEVEL - self.levels))
 
 
-class Region(NamedTuple):
-    """The frames of an array that lie in one region: frames[start:end]."""
-
-    number: int
-    start: int
-    end: int
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether they are all of the region's."""
-        return self.end - self.start == REGION_FRAMES
+def one_run(start: int, size: int) -> Runs:
+    """A single run."""
+    return Runs(np.array([start], np.int64), np.array([size], np.int64))
 
 
-def regions_of(frames: Frames) -> list[Region]:
-    """The regions that hold `frames`, which rise."""
-    if not frames.size:
-        return []
-    regions = frames >> _REGION_SHIFT
-    starts = np.concatenate(([0], np.flatnonzero(regions[1:] != regions[:-1]) + 1))
-    numbers = regions[starts].tolist()
-    bounds = [*starts.tolist(), frames.size]
-    return [Region(*each) for each in zip(numbers, bounds[:-1], bounds[1:], strict=True)]
+def runs_in(numbers: Frames) -> Runs:
+    """The runs that `numbers`, which rise, form."""
+    starts = joints(1, numbers)
+    return Runs(numbers[starts], np.diff(np.append(starts, numbers.size)))
 
 
-def index_of(frames: Frames) -> slice | Frames:
-    """What numpy indexes by `frames`, which rise: a slice if they are consecutive."""
-    first, last = int(frames[0]), int(frames[-1])
-    return slice(first, last + 1) if last - first + 1 == frames.size else frames
+def joined(runs: Runs) -> Runs:
+    """The same numbers in as few runs as possible."""
+    starts = joints(runs.sizes, runs.starts)
+    return Runs(runs.starts[starts], np.add.reduceat(runs.sizes, starts))
+
+
+def joints(sizes: Frames | int, *columns: Frames) -> Frames:
+    """Rows of a list that do not continue the row before: those where a column is not the column
+    of that row plus its size."""
+    follows = np.ones(columns[0].size, np.bool_)
+    follows[:1] = False
+    for column in columns:
+        follows[1:] &= column[1:] == (column + sizes)[:-1]
+    return np.flatnonzero(~follows)
+
+
+def distinct(numbers: Frames) -> Frames:
+    """Numbers of which equal ones come together, each once."""
+    return numbers[np.flatnonzero(np.diff(numbers, prepend=-1))]
+
+
+def cut(runs: Runs) -> tuple[Runs, Frames]:
+    """The runs cut where a table ends, and for each piece the run that it is of."""
+    first = runs.starts >> _TABLE_SHIFT
+    more = (runs.ends - 1 >> _TABLE_SHIFT) - first
+    if not more.any():
+        return runs, np.arange(first.size)
+    of, nth = _each(more + 1)
+    tables = first[of] + nth
+    starts = np.maximum(runs.starts[of], tables << _TABLE_SHIFT)
+    ends = np.minimum(runs.ends[of], tables + 1 << _TABLE_SHIFT)
+    return Runs(starts, ends - starts), of
+
+
+def _each(sizes: Frames) -> tuple[Frames, Frames]:
+    """Every item of groups of these sizes: the number of its group, and its own in the group."""
+    of = np.repeat(np.arange(sizes.size), sizes)
+    return of, np.arange(of.size) - (np.cumsum(sizes) - sizes)[of]
 
 
 def leaves(stage2: Stage2, frame: int, nr: int) -> Leaves:
@@ -97,63 +135,181 @@ def _leaves_below(
     entries = stage2.memory.span(table + low * 8, (high - low) * 8)
     used = np.flatnonzero(entries)
     frames = first + (low + used << shift)
-    if level == LAST_LEVEL:
-        if used.size:
-            yield frames, entries[used], np.full(used.size, level)
-        return
-    for at, entry in zip(frames.tolist(), entries[used].tolist(), strict=True):
-        if is_table(entry, level):
-            yield from _leaves_below(stage2, entry & ADDRESS_MASK, level + 1, at, start, end)
-        else:
-            yield np.array([at]), np.array([entry], np.uint64), np.array([level])
+    found = entries[used]
+    tables = np.flatnonzero(found & TABLE == TABLE).tolist() if level < LAST_LEVEL else []
+    begin = 0
+    for at in [*tables, used.size]:
+        if begin < at:
+            yield frames[begin:at], found[begin:at], np.full(at - begin, level)
+        if at < used.size:
+            table = int(found[at]) & ADDRESS_MASK
+            yield from _leaves_below(stage2, table, level + 1, int(frames[at]), start, end)
+        begin = at + 1
 
 
-def missing_tables(stage2: Stage2, regions: list[int], blocks: list[tuple[int, int]]) -> int:
-    """Table pages to be made before pages can be mapped in `regions`, and `blocks`, (frame, level)
-    of each; where those go, nothing is mapped yet."""
+def slots(stage2: Stage2, numbers: Frames, level: int) -> Frames:
+    """As `Stage2.find` for many numbers of `level`, and no deeper: the index in `memory.u64` of
+    the entry where each walk ends."""
+    words = stage2.memory.u64
+    found = stage2.root_index + (numbers >> _TABLE_SHIFT * (level - stage2.start_level))
+    for depth in range(stage2.start_level + 1, level + 1):
+        entries = words[found]
+        inside = numbers >> _TABLE_SHIFT * (level - depth) & _INDEX_MASK
+        below = (_pages(stage2, entries) << _TABLE_SHIFT) + inside
+        found = np.where(entries & TABLE == TABLE, below, found)
+    return found
+
+
+def missing_tables(stage2: Stage2, wanted: list[tuple[int, Runs]]) -> int:
+    """Table pages to be made before runs can be written, each (level, runs); where they go,
+    nothing is mapped yet."""
     missing = 0
-    wanted = set(regions)
+    tables = np.empty(0, np.int64)
     for level in range(LAST_LEVEL, stage2.start_level, -1):
-        covers = level_shift(level - 1)
-        wanted.update(frame >> covers - PAGE_SHIFT for frame, at in blocks if at == level)
-        missing += sum(stage2.find(prefix << covers)[2] < level for prefix in wanted)
-        wanted = {prefix >> _REGION_SHIFT for prefix in wanted}
+        new = [cut(runs)[0].starts >> _TABLE_SHIFT for at, runs in wanted if at == level]
+        tables = np.unique(np.concatenate((tables >> _TABLE_SHIFT, *map(distinct, new))))
+        entries = stage2.memory.u64[slots(stage2, tables, level - 1)]
+        missing += int(np.count_nonzero(entries & TABLE != TABLE))
     return missing
 
 
-def write_pages(stage2: Stage2, frames: Frames, entries: Entries | None) -> bool:
-    """Write the last-level entry of every frame, which rise; none of `entries` is 0. None: clear.
+def write(stage2: Stage2, runs: Runs, firsts: Entries, step: int, level: int = LAST_LEVEL) -> bool:
+    """Write the leaves of runs at `level`: the first of each run is in `firsts`, each other is
+    the one before plus `step`; none is 0.
 
-    Tables are made where missing and freed when their last entry goes; no block may cover a
-    frame. Returns whether a valid entry was overwritten: then a TLBI is due.
+    Tables are made where missing. Returns whether a valid entry was overwritten: then a TLBI is
+    due. Raises HypBug where a leaf or a table stands in the way.
     """
-    words = stage2.memory.u64
-    was_valid = False
-    for region, start, end in regions_of(frames):
-        table = stage2.l3_index(region)
-        inside = index_of(table + (frames[start:end] & TABLE_ENTRIES - 1))
-        old = words[inside]
-        used = int(np.count_nonzero(old))
-        was_valid = was_valid or bool(np.bitwise_or.reduce(old) & VALID)
-        page = table >> _REGION_SHIFT
-        if entries is None:
-            words[inside] = 0
-            stage2.refcount[page] -= used
-            if stage2.refcount[page] == 1:
-                stage2.prune(region << level_shift(2))
-        else:
-            words[inside] = entries[start:end]
-            stage2.refcount[page] += end - start - used
+    words, grid, refcounts = stage2.memory.u64, stage2.grid, stage2.refcounts
+    pieces, of = cut(runs)
+    entries = firsts[of] + (pieces.starts - runs.starts[of]).astype(np.uint64) * np.uint64(step)
+    tables = _tables(stage2, pieces.starts >> _TABLE_SHIFT, level)
+    whole = pieces.sizes == TABLE_ENTRIES
+    pages = tables[whole]
+    was_valid = _any_valid(grid[pages[refcounts[pages] > 1]], level)
+    grid[pages] = entries[whole, np.newaxis] + STEPS * np.uint64(step)
+    refcounts[pages] = 1 + TABLE_ENTRIES
+
+    index, which, nth = _words(pieces.where(~whole), tables[~whole])
+    old = words[index]
+    was_valid |= _any_valid(old, level)
+    words[index] = entries[~whole][which] + nth.astype(np.uint64) * np.uint64(step)
+    _count(stage2, index[old == 0], 1)
     return was_valid
 
 
-def clear(stage2: Stage2, found: Leaves) -> None:
-    """Zero these leaves, whole blocks included, and free emptied tables. A TLBI is due."""
-    is_page = found.levels == LAST_LEVEL
-    for at in np.flatnonzero(~is_page).tolist():
-        stage2.put(int(found.frames[at]) << PAGE_SHIFT, 0, int(found.levels[at]))
-    if is_page.any():
-        write_pages(stage2, found.frames[is_page], None)
+def clear(stage2: Stage2, runs: Runs, level: int = LAST_LEVEL) -> None:
+    """Zero the leaves of runs at `level` and free the tables that are empty then. A TLBI is due.
+
+    Raises HypBug where a leaf of another size or a table stands in the way.
+    """
+    words, grid, refcounts = stage2.memory.u64, stage2.grid, stage2.refcounts
+    pieces, _ = cut(runs)
+    tables = _tables(stage2, pieces.starts >> _TABLE_SHIFT, level)
+    whole = pieces.sizes == TABLE_ENTRIES
+    pages = tables[whole]
+    if level < LAST_LEVEL:
+        _any_valid(grid[pages], level)
+    grid[pages] = 0
+    refcounts[pages] = 1
+
+    index, _, _ = _words(pieces.where(~whole), tables[~whole])
+    old = words[index]
+    _any_valid(old, level)
+    words[index] = 0
+    _count(stage2, index[old != 0], -1)
+    _prune(stage2, distinct(pieces.starts >> _TABLE_SHIFT), level)
+
+
+def clear_leaves(stage2: Stage2, found: Leaves) -> None:
+    """Zero these leaves, whole blocks included, as `clear` does."""
+    for level in np.unique(found.levels).tolist():
+        frames = found.frames[found.levels == level]
+        clear(stage2, runs_in(frames >> level_shift(level) - PAGE_SHIFT), level)
+
+
+def break_blocks(stage2: Stage2, frames: Runs) -> bool:
+    """Zero every block that maps any of the frames, for those who will write there: tables stay,
+    empty or not. Returns whether there was one: then a TLBI is due."""
+    regions = distinct(cut(frames)[0].starts >> _TABLE_SHIFT)
+    found = blocks_at(stage2, regions)
+    index = distinct(slots(stage2, regions[found], LAST_LEVEL - 1))
+    stage2.memory.u64[index] = 0
+    _count(stage2, index, -1)
+    return bool(index.size)
+
+
+def blocks_at(stage2: Stage2, regions: Frames) -> npt.NDArray[np.bool_]:
+    """Which of these regions, IPA >> 21, a block maps."""
+    entries = stage2.memory.u64[slots(stage2, regions, LAST_LEVEL - 1)]
+    found: npt.NDArray[np.bool_] = entries & TABLE == VALID
+    return found
+
+
+def _tables(stage2: Stage2, numbers: Frames, level: int) -> Frames:
+    """Page number within RAM of the table of `level` for each of `numbers`, which rise and are
+    those of its entries >> 9; made where missing. Raises HypBug if a leaf stands in the way."""
+    if level == stage2.start_level:
+        return (stage2.root_index >> _TABLE_SHIFT) + numbers
+    words = stage2.memory.u64
+    once = distinct(numbers)
+    for depth in range(stage2.start_level, level):
+        index = slots(stage2, distinct(once >> _TABLE_SHIFT * (level - 1 - depth)), depth)
+        missing = index[words[index] == 0]
+        if missing.size:
+            words[missing] = stage2.tables.alloc_many(missing.size) | np.uint64(TABLE)
+            _count(stage2, missing, 1)
+    entries = words[index]
+    if (entries & TABLE != TABLE).any():
+        raise HypBug("a leaf stands where a table must go")
+    pages: Frames = _pages(stage2, entries)[np.cumsum(np.diff(numbers, prepend=-1) != 0) - 1]
+    return pages
+
+
+def _prune(stage2: Stage2, numbers: Frames, level: int) -> None:
+    """Free those of the tables of `level` for `numbers`, as `_tables` has them, that have no
+    entry left, and then their parents."""
+    words = stage2.memory.u64
+    for above in range(level - 1, stage2.start_level - 1, -1):
+        index = slots(stage2, numbers, above)
+        entries = words[index]
+        empty = stage2.refcounts[_pages(stage2, entries)] == 1
+        words[index[empty]] = 0
+        _count(stage2, index[empty], -1)
+        stage2.tables.free_many(entries[empty] & ADDRESS_MASK)
+        numbers = distinct(numbers[empty] >> _TABLE_SHIFT)
+
+
+def _count(stage2: Stage2, index: Frames, by: int) -> None:
+    """Add `by` to a table's refcount for each of its entries in `index`; those of one table come
+    together."""
+    pages = index >> _TABLE_SHIFT
+    starts = np.flatnonzero(np.diff(pages, prepend=-1))
+    counts = by * np.diff(starts, append=pages.size)
+    pages = pages[starts]
+    stage2.refcounts[pages] = stage2.refcounts[pages] + counts
+
+
+def _words(pieces: Runs, tables: Frames) -> tuple[Frames, Frames, Frames]:
+    """Every entry of pieces in `tables`: its index in `memory.u64`, its piece, and its number in
+    the piece."""
+    which, nth = _each(pieces.sizes)
+    firsts = (tables << _TABLE_SHIFT) + (pieces.starts & _INDEX_MASK)
+    return firsts[which] + nth, which, nth
+
+
+def _pages(stage2: Stage2, tables: Entries) -> Frames:
+    """Page numbers within RAM of the tables that these descriptors point to."""
+    pages: Frames = (tables & ADDRESS_MASK).astype(np.int64) - stage2.memory.ram_base >> PAGE_SHIFT
+    return pages
+
+
+def _any_valid(old: Entries, level: int) -> bool:
+    """Whether there is a valid leaf. Raises HypBug for a table, of which no leaf may take the
+    place."""
+    if level < LAST_LEVEL and (old & TABLE == TABLE).any():
+        raise HypBug("a table stands where a leaf must go")
+    return bool(np.bitwise_or.reduce(old, axis=None) & VALID)
 
 
 def splits(stage2: Stage2, wanted: list[tuple[int, int]]) -> list[int]:
@@ -187,13 +343,13 @@ def splits_at_ends(stage2: Stage2, frame: int, nr: int) -> list[int]:
 
 def splits_to_pages(stage2: Stage2, frame: int, nr: int) -> list[int]:
     """What `splits` says so that all `nr` frames from `frame` are mapped by pages."""
-    regions = range(frame >> _REGION_SHIFT, (frame + nr - 1 >> _REGION_SHIFT) + 1)
+    regions = range(frame >> _TABLE_SHIFT, (frame + nr - 1 >> _TABLE_SHIFT) + 1)
     return splits(stage2, [(region << level_shift(2), LAST_LEVEL) for region in regions])
 
 
 def runs_of(frames: Frames) -> list[tuple[int, int, int]]:
-    """(offset, first frame, number) of each maximal run of consecutive numbers in the array."""
-    starts = np.concatenate(([0], np.flatnonzero(frames[1:] != frames[:-1] + 1) + 1))
+    """(offset, first frame, number) of each run of consecutive numbers in the array."""
+    starts = joints(1, frames)
     npages = np.diff(np.append(starts, frames.size))
     return list(zip(starts.tolist(), frames[starts].tolist(), npages.tolist(), strict=True))
 

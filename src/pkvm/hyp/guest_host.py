@@ -24,7 +24,16 @@ from pkvm.arm64.stage2 import (
     guest_annotation,
 )
 from pkvm.events import Transition
-from pkvm.hyp.bulk import Frames, Leaves, leaves, page_entries, runs_of, splits_to_pages
+from pkvm.hyp.bulk import (
+    Frames,
+    Leaves,
+    Runs,
+    leaves,
+    page_entries,
+    runs_in,
+    runs_of,
+    splits_to_pages,
+)
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.ownership import GuestMemory, Ownership
 from pkvm.hyp.vmemmap import GUEST_OWNED, GUEST_SHARED_WITH_HOST
@@ -61,7 +70,7 @@ class GuestHost(Ownership):
                     return 1
             gfn, nr = self._guest_range(vm, ipa, nr)
             pfns = self._guest_pages(vm, gfn, nr, PageState.OWNED, GUEST_OWNED)
-            self.host.give_pages(np.sort(pfns))
+            self.host.give_runs(runs_in(np.sort(pfns)))
             self.vmemmap.states[pfns - self._first_pfn] = GUEST_SHARED_WITH_HOST
             self._set_states("guest_share_host", vm, gfn, pfns, _SHARED)
             return nr
@@ -86,7 +95,8 @@ class GuestHost(Ownership):
             first = np.uint64(guest_annotation(vm.handle, gfn))
             steps = np.arange(nr, dtype=np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
             order = np.argsort(pfns)
-            self.host.take_pages(pfns[order], (first + steps)[order])
+            single = Runs(pfns[order], np.ones(nr, np.int64))
+            self.host.take_runs(single, (first + steps)[order], 0)
             self.vmemmap.states[pfns - self._first_pfn] = GUEST_OWNED
             self._set_states("guest_unshare_host", vm, gfn, pfns, 0)
             return nr

@@ -29,10 +29,11 @@ from pkvm.arm64.stage2 import (
     PageState,
     guest_annotation,
     level_shift,
+    level_size,
 )
 from pkvm.events import Transition
 from pkvm.hyp.abi import PROT_R, PROT_RWX, PROT_W, PROT_X
-from pkvm.hyp.bulk import Frames, index_of, leaves, missing_tables, regions_of, write_pages
+from pkvm.hyp.bulk import Frames, Runs, joined, joints, leaves, missing_tables, write
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.ownership import GuestMemory, Ownership
 from pkvm.hyp.vmemmap import (
@@ -43,17 +44,32 @@ from pkvm.hyp.vmemmap import (
 )
 
 GUEST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
-_GFN_SHIFT = np.uint64(ANNOTATION_GFN_SHIFT)
 _SW_BORROWED = PageState.SHARED_BORROWED << SW_STATE_SHIFT
 _LEVEL_OF_PAGES = {1: LAST_LEVEL, TABLE_ENTRIES: LAST_LEVEL - 1}
 
 
-class _Runs(NamedTuple):
-    """Donations by rising gfn, adjacent ones merged: PFNs, gfns, pages of each."""
+class _Donation(NamedTuple):
+    """What goes from the host to a guest, by rising gfn: PFN, gfn and pages of each run."""
 
     pfns: Frames
     gfns: Frames
     npages: Frames
+
+    @property
+    def ends(self) -> Frames:
+        """The gfn after each run."""
+        return self.gfns + self.npages
+
+    def part(self, starts: Frames, ends: Frames) -> _Donation:
+        """Of each run the gfns [start, end), which are in it or none."""
+        some = starts < ends
+        pfns = self.pfns + starts - self.gfns
+        return _Donation(pfns[some], starts[some], (ends - starts)[some])
+
+    def at_level(self, level: int) -> Runs:
+        """The guest's entries at `level` that the runs, all aligned to it, are."""
+        shift = level_shift(level) - PAGE_SHIFT
+        return Runs(self.gfns >> shift, self.npages >> shift)
 
 
 class HostGuest(Ownership):
@@ -70,7 +86,8 @@ class HostGuest(Ownership):
             with self.lock:
                 self._ram_pages(pfn, nr)
                 self._check_gfns(vm, gfn, nr)
-                self._donate("host_donate_guest", vm, _run(pfn, gfn, nr))
+                run = _Donation(*np.array([[pfn], [gfn], [nr]], np.int64))
+                self._donate("host_donate_guest", vm, run)
             return
         with self.lock:
             page = self._ram_pages(pfn, 1)
@@ -170,48 +187,45 @@ class HostGuest(Ownership):
             states[counts == 0] = HOST_OWNED
             self._record(Transition("host_unshare_guest", pa, nr, vm.handle, ipa))
 
-    def _donate(self, op: str, vm: GuestMemory, runs: _Runs) -> None:
+    def _donate(self, op: str, vm: GuestMemory, runs: _Donation) -> None:
         """Donate runs whose numbers are good: check the states and the tables, then do it."""
-        self._check_apart(vm, runs)
-        pfns, gfns = _single_pages(runs)
-        order = slice(None) if len(runs.pfns) == 1 else np.argsort(pfns)
-        rising = pfns[order]
-        pages = index_of(rising - self._first_pfn)
-        wrong = self.vmemmap.states[pages] != HOST_OWNED
-        if wrong.any():
-            raise self._wrong_state(int(rising[np.argmax(wrong)]) - self._first_pfn, HOST_OWNED)
+        order = np.argsort(runs.pfns)
+        pfns = Runs(runs.pfns[order], runs.npages[order])
+        self._check_apart(vm, pfns, "host_state")
+        self._check_apart(vm, runs.at_level(LAST_LEVEL), "guest_state")
+        pages = joined(Runs(pfns.starts - self._first_pfn, pfns.sizes))
+        wrong = self._first_wrong(pages, HOST_OWNED)
+        if wrong is not None:
+            raise self._wrong_state(wrong, HOST_OWNED)
         self._check_unmapped(vm, runs)
-        blocks, single = _plan(runs)
-        regions = [region.number for region in regions_of(gfns[single])]
-        at_levels = [(gfn, level) for gfn, _, level in blocks]
-        self._check_tables(vm, missing_tables(vm.stage2, regions, at_levels))
+        plan = _plan(runs)
+        wanted = [(level, part.at_level(level)) for level, part in plan]
+        self._check_tables(vm, missing_tables(vm.stage2, wanted))
 
-        annotations = gfns.astype(np.uint64)
-        annotations <<= _GFN_SHIFT
+        annotations = runs.gfns[order].astype(np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
         annotations += np.uint64(guest_annotation(vm.handle, 0))
-        self.host.take_pages(rising, annotations[order])
-        self.vmemmap.states[pages] = GUEST_OWNED
-        for gfn, pfn, level in blocks:
-            vm.stage2.put(gfn << PAGE_SHIFT, pfn << PAGE_SHIFT | ATTR_NORMAL_RWX, level)
-        addresses = pfns[single].astype(np.uint64) << np.uint64(PAGE_SHIFT)
-        write_pages(vm.stage2, gfns[single], addresses | np.uint64(GUEST_PAGE))
-        for pfn, gfn, nr in zip(*(column.tolist() for column in runs), strict=True):
-            self._record(Transition(op, pfn << PAGE_SHIFT, nr, vm.handle, gfn << PAGE_SHIFT))
+        self.host.take_runs(pfns, annotations, 1 << ANNOTATION_GFN_SHIFT)
+        self._mark(pages, GUEST_OWNED)
+        for level, part in plan:
+            attributes = GUEST_PAGE if level == LAST_LEVEL else ATTR_NORMAL_RWX
+            firsts = (part.pfns << PAGE_SHIFT).astype(np.uint64) | np.uint64(attributes)
+            write(vm.stage2, part.at_level(level), firsts, level_size(level), level)
+        record, handle = self._record, vm.handle
+        columns = (runs.pfns << PAGE_SHIFT, runs.npages, runs.gfns << PAGE_SHIFT)
+        for pa, nr, ipa in zip(*(column.tolist() for column in columns), strict=True):
+            record(Transition(op, pa, nr, handle, ipa))
 
-    def _check_apart(self, vm: GuestMemory, runs: _Runs) -> None:
-        """Refuse (EPERM) runs of which two share a page: the second would find it given away."""
-        for starts, check in ((runs.pfns, "host_state"), (runs.gfns, "guest_state")):
-            order = np.argsort(starts)
-            ends = (starts + runs.npages)[order]
-            meets = ends[:-1] > starts[order][1:]
-            if meets.any():
-                frame = int(starts[order][1:][np.argmax(meets)])
-                why = f"frame {frame:#x} is in the list twice"
-                raise Refused(Errno.EPERM, check, why, vm=vm.handle)
+    def _check_apart(self, vm: GuestMemory, runs: Runs, check: str) -> None:
+        """Refuse (EPERM) runs, which rise, of which two share a page: the second would find it
+        given away."""
+        meets = runs.ends[:-1] > runs.starts[1:]
+        if meets.any():
+            why = f"frame {int(runs.starts[1:][np.argmax(meets)]):#x} is in the list twice"
+            raise Refused(Errno.EPERM, check, why, vm=vm.handle)
 
-    def _check_unmapped(self, vm: GuestMemory, runs: _Runs) -> None:
+    def _check_unmapped(self, vm: GuestMemory, runs: _Donation) -> None:
         """Refuse (EPERM) runs, which are apart, if the guest has anything mapped in them."""
-        ends = runs.gfns + runs.npages
+        ends = runs.ends
         first = int(runs.gfns[0])
         found = leaves(vm.stage2, first, int(ends[-1]) - first)
         nearest = np.searchsorted(runs.gfns, found.frames + found.npages) - 1
@@ -249,48 +263,28 @@ def _lent_attributes(prot: int, level: int) -> int:
     return attr
 
 
-def _run(pfn: int, gfn: int, nr: int) -> _Runs:
-    return _Runs(*(np.array([number], np.int64) for number in (pfn, gfn, nr)))
-
-
-def _merge(entries: Frames) -> _Runs:
-    """Runs by rising gfn, those that continue each other on both sides made one."""
+def _merge(entries: Frames) -> _Donation:
+    """A list by rising gfn, entries that continue each other on both sides made one."""
     entries = entries[np.argsort(entries[:, 1], kind="stable")]
     pfns, gfns, npages = entries[:, 0], entries[:, 1], entries[:, 2]
-    joins = (gfns[1:] == (gfns + npages)[:-1]) & (pfns[1:] == (pfns + npages)[:-1])
-    starts = np.flatnonzero(np.concatenate(([True], ~joins)))
-    return _Runs(pfns[starts], gfns[starts], np.add.reduceat(npages, starts))
+    starts = joints(npages, pfns, gfns)
+    return _Donation(pfns[starts], gfns[starts], np.add.reduceat(npages, starts))
 
 
-def _single_pages(runs: _Runs) -> tuple[Frames, Frames]:
-    """PFN and gfn of every page of the runs."""
-    pfns, gfns, npages = runs
-    if len(npages) == 1:
-        nr = int(npages[0])
-        return np.arange(pfns[0], pfns[0] + nr), np.arange(gfns[0], gfns[0] + nr)
-    ends = np.cumsum(npages)
-    offsets = np.arange(ends[-1])
-    starts = ends - npages
-    return offsets + np.repeat(pfns - starts, npages), offsets + np.repeat(gfns - starts, npages)
-
-
-def _plan(runs: _Runs) -> tuple[list[tuple[int, int, int]], npt.NDArray[np.bool_]]:
-    """How runs are mapped in the guest: (gfn, pfn, level) of each block, where a run covers one
-    with both numbers aligned alike; and which pages of all the runs remain single."""
-    single = np.ones(int(runs.npages.sum()), np.bool_)
-    blocks = []
-    starts = np.cumsum(runs.npages) - runs.npages
-    aligned = (runs.npages >= TABLE_ENTRIES) & ((runs.pfns - runs.gfns) % TABLE_ENTRIES == 0)
-    for at in np.flatnonzero(aligned).tolist():
-        pfn, gfn, nr = int(runs.pfns[at]), int(runs.gfns[at]), int(runs.npages[at])
-        done = -gfn % TABLE_ENTRIES
-        while nr - done >= TABLE_ENTRIES:
-            for level in BLOCK_LEVELS:
-                size = 1 << level_shift(level) - PAGE_SHIFT
-                if not (gfn + done | pfn + done) % size and nr - done >= size:
-                    break
-            blocks.append((gfn + done, pfn + done, level))
-            offset = int(starts[at]) + done
-            single[offset : offset + size] = False
-            done += size
-    return blocks, single
+def _plan(runs: _Donation) -> list[tuple[int, _Donation]]:
+    """How a donation is mapped in the guest: at each level the runs that its leaves make. Blocks
+    are where a run covers one with both numbers aligned alike."""
+    plan = []
+    for level in BLOCK_LEVELS:
+        size = level_size(level) >> PAGE_SHIFT
+        starts, ends = -(-runs.gfns // size) * size, runs.ends // size * size
+        fits = ((runs.pfns - runs.gfns) % size == 0) & (starts < ends)
+        if fits.any():
+            plan.append((level, runs.part(starts, np.where(fits, ends, starts))))
+            heads = runs.part(runs.gfns, np.where(fits, starts, runs.ends))
+            tails = runs.part(np.where(fits, ends, runs.ends), runs.ends)
+            rest = np.concatenate((heads, tails), axis=1)
+            runs = _Donation(*rest[:, np.argsort(rest[1])])
+    if runs.gfns.size:
+        plan.append((LAST_LEVEL, runs))
+    return plan

@@ -12,14 +12,10 @@ import numpy.typing as npt
 
 from pkvm.arm64.stage2 import ANNOTATION_HYP, PAGE_SHIFT
 from pkvm.events import Transition
+from pkvm.hyp.bulk import one_run, runs_in
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.ownership import Ownership
 from pkvm.hyp.vmemmap import HOST_OWNED, HOST_SHARED_WITH_HYP, HYP_OWNED, MAX_REFCOUNT
-
-
-def hyp_annotations(npages: int) -> npt.NDArray[np.uint64]:
-    """The host's entries for pages that EL2 owns."""
-    return np.full(npages, ANNOTATION_HYP, np.uint64)
 
 
 class HostHyp(Ownership):
@@ -60,7 +56,8 @@ class HostHyp(Ownership):
                 self.host.take_page(pa, ANNOTATION_HYP)
                 self._state[page] = HYP_OWNED
             else:
-                self.host.take_pages(self._pfns(pfn, nr), hyp_annotations(nr))
+                annotation = np.array([ANNOTATION_HYP], np.uint64)
+                self.host.take_runs(one_run(pfn, nr), annotation, 0)
                 self.vmemmap.states[page : page + nr] = HYP_OWNED
             self._invalidate_code(pa, nr << PAGE_SHIFT)
             self._record(Transition("host_donate_hyp", pa, nr))
@@ -80,7 +77,7 @@ class HostHyp(Ownership):
                 self.host.give_page(pa)
                 self._state[page] = HOST_OWNED
             else:
-                self.host.give_pages(self._pfns(pfn, nr))
+                self.host.give_runs(one_run(pfn, nr))
                 self.vmemmap.states[page : page + nr] = HOST_OWNED
             self._record(Transition("hyp_donate_host", pa, nr))
 
@@ -95,7 +92,7 @@ class HostHyp(Ownership):
                 raise HypBug("EL2 gives away a page that it does not own")
             if self.vmemmap.refcounts[pages].any():
                 raise HypBug("EL2 gives away a page that it uses")
-            self.host.give_pages(pfns)
+            self.host.give_runs(runs_in(pfns))
             self.vmemmap.states[pages] = HOST_OWNED
             for pfn in pfns.tolist():
                 self._record(Transition("hyp_donate_host", pfn << PAGE_SHIFT, 1))

@@ -34,22 +34,28 @@ from pkvm.arm64.stage2 import (
     LAST_LEVEL,
     PAGE_SHIFT,
     PAGE_SIZE,
+    TABLE_ENTRIES,
     TABLE_OR_PAGE,
     VALID,
     XN_NONE,
     Geometry,
     Owner,
+    level_shift,
     level_size,
 )
 from pkvm.events import NO_ADDRESS, HostAbort, Recorder, Refusal, Tlbi
 from pkvm.hyp.bulk import (
     Entries,
-    Frames,
-    Region,
+    Runs,
+    blocks_at,
+    break_blocks,
     clear,
+    clear_leaves,
+    cut,
+    distinct,
+    joined,
     leaves,
-    regions_of,
-    write_pages,
+    write,
 )
 from pkvm.hyp.errors import Errno
 from pkvm.hyp.pgtable import Stage2
@@ -62,7 +68,7 @@ HOST_VMID = 0
 HOST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
 ATTR_DMA = ATTR_NORMAL_RWX | XN_NONE
 DMA_PAGE = ATTR_DMA | TABLE_OR_PAGE
-_DMA_PAGE = np.uint64(DMA_PAGE)
+_TABLE_SHIFT = 9
 _SPARE_PAGES = 16
 _MMIO_BYTES = BLOCK_1G
 
@@ -150,9 +156,9 @@ class HostMemory:
         self.stage2, self.dma = roots
         self._most_tables = 2 * (LAST_LEVEL - self.stage2.start_level)
 
-    def withhold(self, pfns: Frames, annotations: Entries) -> None:
-        """Annotate pages, which rise, that neither the host nor a device has reached before."""
-        write_pages(self.stage2, pfns, annotations)
+    def withhold(self, pfns: Runs, annotation: int) -> None:
+        """Annotate pages that neither the host nor a device has reached before."""
+        write(self.stage2, pfns, np.full(pfns.starts.size, annotation, np.uint64), 0)
 
     def map_for_dma(self, pa: int, end: int) -> None:
         """Map RAM [pa, end), page-aligned, for the DMA masters, in blocks where it goes: for
@@ -211,44 +217,33 @@ class HostMemory:
         else:
             self.dma.put(pa, pa | DMA_PAGE)
 
-    def take_pages(self, pfns: Frames, annotations: Entries) -> None:
-        """The host loses these pages, which rise, to the owners that the annotations name."""
+    def take_runs(self, pfns: Runs, annotations: Entries, step: int) -> None:
+        """The host loses these pages to the owners that the annotations name: that of each run's
+        first page, and `step` more for each other."""
         if not self.enforced:
             return
-        regions = regions_of(pfns)
-        self._reserve_regions(regions)
-        stage2 = self.stage2
-        broken = False
-        for region in regions:
-            ipa = region.number * BLOCK_2M
-            _, entry, level = stage2.find(ipa)
-            if level < LAST_LEVEL and entry & VALID:
-                stage2.put(ipa, 0, level)
-                broken = True
-        if broken:
+        pieces, _ = cut(joined(pfns))
+        self._reserve_for(pieces)
+        if break_blocks(self.stage2, pieces):
             self._invalidate_host(NO_ADDRESS)
-        if write_pages(stage2, pfns, annotations):
+        if write(self.stage2, pfns, annotations, step):
             self._invalidate_host(NO_ADDRESS)
-        self._unmap_from_dma(pfns, regions)
+        self._unmap_from_dma(pieces)
         self._invalidate_dma(NO_ADDRESS)
 
-    def give_pages(self, pfns: Frames) -> None:
-        """The host may use these pages, which rise, again. It maps them lazily, in blocks where
-        nothing else of the region is lost."""
+    def give_runs(self, pfns: Runs) -> None:
+        """The host may use these pages again. It maps them lazily, in blocks where nothing else
+        of the region is lost."""
         if not self.enforced:
             return
-        regions = regions_of(pfns)
-        self._reserve_regions(regions)
-        write_pages(self.stage2, pfns, None)
+        pieces, _ = cut(joined(pfns))
+        self._reserve_for(pieces)
+        clear(self.stage2, pieces)
         self._invalidate_host(NO_ADDRESS)
-        single = np.ones(pfns.size, np.bool_)
-        for region in regions:
-            if region.is_whole:
-                ipa = region.number * BLOCK_2M
-                self.dma.put(ipa, ipa | ATTR_DMA, BLOCK_LEVELS[-1])
-                single[region.start : region.end] = False
-        pages = pfns[single]
-        write_pages(self.dma, pages, (pages << PAGE_SHIFT).astype(np.uint64) | _DMA_PAGE)
+        whole = pieces.sizes == TABLE_ENTRIES
+        blocks = _regions(pieces.where(whole))
+        self._map_for_dma(blocks, BLOCK_LEVELS[-1], ATTR_DMA)
+        self._map_for_dma(pieces.where(~whole), LAST_LEVEL, DMA_PAGE)
 
     def abort(self, ipa: int, access: Access, fsc: int) -> bool:
         """The host CPU faulted at `ipa`. Maps what it may have (True: retry the access), or says
@@ -287,26 +282,26 @@ class HostMemory:
         stage2.put(page, page | attr | TABLE_OR_PAGE)
         return True, ""
 
-    def _unmap_from_dma(self, pfns: Frames, regions: list[Region]) -> None:
+    def _unmap_from_dma(self, pieces: Runs) -> None:
         """Take pages from the DMA tree: a block goes whole if all of it is to go, else it is
-        split."""
+        split. No piece straddles a block."""
         dma = self.dma
-        single = np.ones(pfns.size, np.bool_)
-        for region in regions:
-            ipa = region.number * BLOCK_2M
-            level = dma.find(ipa)[2]
-            if level == LAST_LEVEL:
-                continue
-            if region.is_whole:
-                dma.put(ipa, 0, level)
-                single[region.start : region.end] = False
-            else:
-                dma.split(ipa)
-        write_pages(dma, pfns[single], None)
+        is_block = blocks_at(dma, pieces.starts >> _TABLE_SHIFT)
+        whole = is_block & (pieces.sizes == TABLE_ENTRIES)
+        for region in distinct(pieces.starts[is_block & ~whole] >> _TABLE_SHIFT).tolist():
+            dma.split(region * BLOCK_2M)
+        clear(dma, _regions(pieces.where(whole)), BLOCK_LEVELS[-1])
+        clear(dma, pieces.where(~whole))
 
-    def _reserve_regions(self, regions: list[Region]) -> None:
-        """As `_reserve`, for pages in these regions, in both trees."""
-        self._reserve(2 * len(regions) + self._most_tables * 2)
+    def _map_for_dma(self, runs: Runs, level: int, attributes: int) -> None:
+        """Map runs at `level` of the DMA tree where they are."""
+        firsts = (runs.starts << level_shift(level)).astype(np.uint64) | np.uint64(attributes)
+        write(self.dma, runs, firsts, level_size(level), level)
+
+    def _reserve_for(self, pieces: Runs) -> None:
+        """As `_reserve`, for these pages, in both trees."""
+        regions = distinct(pieces.starts >> _TABLE_SHIFT).size
+        self._reserve(2 * regions + self._most_tables * 2)
 
     def _reserve(self, npages: int) -> None:
         """Have `npages` in the pool before anything changes, if need be by dropping the host's
@@ -319,7 +314,7 @@ class HostMemory:
         limit = 1 << stage2.ipa_bits - PAGE_SHIFT
         for first, end in ((0, ram_start), (ram_end, limit)):
             if first < end:
-                clear(stage2, leaves(stage2, first, end - first))
+                clear_leaves(stage2, leaves(stage2, first, end - first))
         self._invalidate_host(NO_ADDRESS)
 
     def _invalidate_host(self, ipa: int) -> None:
@@ -329,3 +324,8 @@ class HostMemory:
     def _invalidate_dma(self, ipa: int) -> None:
         self.dma_bus.invalidate(None if ipa == NO_ADDRESS else ipa)
         self._record(Tlbi(HOST_VMID, ipa, "smmu"))
+
+
+def _regions(whole: Runs) -> Runs:
+    """The regions of 2 MiB that these runs, each one of them, are."""
+    return Runs(whole.starts >> _TABLE_SHIFT, np.ones(whole.starts.size, np.int64))

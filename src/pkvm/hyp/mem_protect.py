@@ -15,12 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pkvm.arm64.stage2 import BLOCK_2M, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Geometry
+from pkvm.arm64.stage2 import (
+    ANNOTATION_HYP,
+    BLOCK_2M,
+    PAGE_MASK,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Geometry,
+)
 from pkvm.events import Recorder, Tlbi
+from pkvm.hyp.bulk import one_run
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.guest_host import GuestHost
 from pkvm.hyp.host_guest import HostGuest
-from pkvm.hyp.host_hyp import HostHyp, hyp_annotations
+from pkvm.hyp.host_hyp import HostHyp
 from pkvm.hyp.host_memory import BusMaster, HostMemory, pool_pages
 from pkvm.hyp.memcache import Memcache
 from pkvm.hyp.ownership import GuestMemory
@@ -190,5 +198,5 @@ class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
         page = (base - self.memory.ram_base) >> PAGE_SHIFT
         npages = nbytes >> PAGE_SHIFT
         if self.protected:
-            self.host.withhold(self._pfns(base >> PAGE_SHIFT, npages), hyp_annotations(npages))
+            self.host.withhold(one_run(base >> PAGE_SHIFT, npages), ANNOTATION_HYP)
         self.vmemmap.states[page : page + npages] = HYP_OWNED

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from pkvm.arm64.stage2 import PAGE_SHIFT, PageState
 from pkvm.events import Recorder
+from pkvm.hyp.bulk import Runs
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.host_memory import HostMemory
 from pkvm.hyp.memcache import Memcache
@@ -111,6 +112,24 @@ class Ownership:
         if wrong.any():
             raise self._wrong_state(page + int(np.argmax(wrong)), expected)
 
+    def _states_of(self, pages: Runs) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        """The state bytes from the first of these pages to the last, and which are theirs."""
+        bounds = np.column_stack((pages.starts, pages.ends)).ravel()
+        is_run = np.arange(bounds.size - 1) % 2 == 0
+        states = self.vmemmap.states[bounds[0] : bounds[-1]]
+        return states, np.repeat(is_run, np.diff(bounds))
+
+    def _first_wrong(self, pages: Runs, expected: int) -> int | None:
+        """The lowest of these pages whose state byte is not `expected`, if any."""
+        states, inside = self._states_of(pages)
+        wrong = inside & (states != expected)
+        return int(pages.starts[0]) + int(np.argmax(wrong)) if wrong.any() else None
+
+    def _mark(self, pages: Runs, new: int) -> None:
+        """Give each of these pages the state byte `new`."""
+        states, inside = self._states_of(pages)
+        np.copyto(states, np.uint8(new), where=inside)
+
     def _wrong_state(self, page: int, expected: int) -> Refused:
         """The refusal for a page whose state byte is not `expected`."""
         states = self._state[page]
@@ -155,6 +174,3 @@ class Ownership:
         if pages.min() < 0 or pages.max() >= self._npages:
             raise HypBug("a frame in a stage-2 table is not RAM")
         return pages
-
-    def _pfns(self, pfn: int, nr: int) -> npt.NDArray[np.int64]:
-        return np.arange(pfn, pfn + nr, dtype=np.int64)

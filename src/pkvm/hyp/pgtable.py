@@ -47,7 +47,8 @@ LOCKED = ANNOTATION.encode(type=InvalidType.LOCKED)
 """What stands in an entry between the break and the make."""
 _SHIFTS = tuple(level_shift(level) for level in range(LAST_LEVEL + 1))
 _INDEX_MASK = TABLE_ENTRIES - 1
-_STEPS = np.arange(TABLE_ENTRIES, dtype=np.uint64)
+STEPS = np.arange(TABLE_ENTRIES, dtype=np.uint64)
+"""Of the entries of one table."""
 
 
 class TableSource(Protocol):
@@ -62,8 +63,16 @@ class TableSource(Protocol):
         """PA of a zeroed page, refcount 1."""
         ...
 
+    def alloc_many(self, npages: int) -> npt.NDArray[np.uint64]:
+        """PAs of so many pages, as `alloc` gives them."""
+        ...
+
     def free(self, pa: int) -> None:
         """Take a table page back; it is zeroed, refcount 0."""
+        ...
+
+    def free_many(self, pas: npt.NDArray[np.uint64]) -> None:
+        """Take many back."""
         ...
 
 
@@ -99,9 +108,14 @@ class Stage2:
         self.invalidate = invalidate
         self.refcount = vmemmap.refcount
         """By page number within RAM, which is also `index >> 9` of an entry's word index."""
+        self.refcounts = vmemmap.refcounts
+        """The same for numpy."""
+        self.grid = memory.u64.reshape(-1, TABLE_ENTRIES)
+        """All RAM as tables, by page number."""
+        self.root_index = (root - memory.ram_base) >> 3
+        """Index in `memory.words` of the root's first entry."""
         self._words = memory.words
         self._base = memory.ram_base
-        self._root_index = (root - memory.ram_base) >> 3
         self._root_shift = _SHIFTS[geometry.start_level]
 
     def find(self, ipa: int) -> tuple[int, int, int]:
@@ -113,7 +127,7 @@ class Stage2:
         if ipa >> self.ipa_bits:
             raise Refused(Errno.ERANGE, "ipa_range", "the IPA is beyond the VM's space", ipa=ipa)
         words = self._words
-        index = self._root_index + (ipa >> self._root_shift)
+        index = self.root_index + (ipa >> self._root_shift)
         entry = words[index]
         level = self.start_level
         while entry & TABLE == TABLE and level < LAST_LEVEL:
@@ -136,7 +150,7 @@ class Stage2:
         in the way, and for valid to valid with other than software bits changed.
         """
         words = self._words
-        index = self._root_index + (ipa >> self._root_shift)
+        index = self.root_index + (ipa >> self._root_shift)
         at = self.start_level
         while at < level:
             table = words[index]
@@ -176,7 +190,7 @@ class Stage2:
         """Free the tables on the way to `ipa` that have no entry left, deepest first."""
         words = self._words
         path = []
-        index = self._root_index + (ipa >> self._root_shift)
+        index = self.root_index + (ipa >> self._root_shift)
         level = self.start_level
         while level < LAST_LEVEL and words[index] & TABLE == TABLE:
             table = words[index] & ADDRESS_MASK
@@ -199,30 +213,11 @@ class Stage2:
         step = np.uint64(level_size(level + 1))
         page_bit = TABLE_OR_PAGE if level + 1 == LAST_LEVEL else 0
         table = self.tables.alloc()
-        self.memory.table(table)[:] = np.uint64(block | page_bit) + _STEPS * step
+        self.memory.table(table)[:] = np.uint64(block | page_bit) + STEPS * step
         self.refcount[table - self._base >> PAGE_SHIFT] = 1 + TABLE_ENTRIES
         self._words[index] = LOCKED
         self.invalidate(NO_ADDRESS)
         self._words[index] = table | TABLE
-
-    def l3_index(self, region: int) -> int:
-        """Index in `memory.words` of the last-level table for 2 MiB region number `region`,
-        made if absent. Raises HypBug if a block or annotation stands in the way."""
-        ipa = region << _SHIFTS[2]
-        words = self._words
-        index = self._root_index + (ipa >> self._root_shift)
-        level = self.start_level
-        while level < LAST_LEVEL:
-            table = words[index]
-            if table & TABLE != TABLE:
-                if table:
-                    raise HypBug(f"a leaf stands where a table must go, IPA {ipa:#x}")
-                table = self._new_table(index)
-            level += 1
-            index = ((table & ADDRESS_MASK) - self._base >> 3) + (
-                ipa >> _SHIFTS[level] & _INDEX_MASK
-            )
-        return index
 
     def destroy(self) -> None:
         """Free every table, the root's pages too, into the table source.

@@ -8,11 +8,15 @@ entries; a free one has 0.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from pkvm.arm64.stage2 import PAGE_SHIFT, PAGE_SIZE, TABLE_ENTRIES
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.vmemmap import Vmemmap
 from pkvm.machine.memory import PhysicalMemory
 
+_Pages = npt.NDArray[np.uint64]
 _ZERO_PAGE = memoryview(bytes(PAGE_SIZE)).cast("Q")
 
 
@@ -23,6 +27,8 @@ class PageStack:
         self._words = memory.words
         self._base = memory.ram_base
         self._refcount = vmemmap.refcount
+        self._refcounts = vmemmap.refcounts
+        self._grid = memory.u64.reshape(-1, TABLE_ENTRIES)
         self._head = 0
         self._count = 0
 
@@ -44,6 +50,18 @@ class PageStack:
         self._count -= 1
         return pa
 
+    def alloc_many(self, npages: int) -> _Pages:
+        """PAs of `npages` pages, as so many calls of `alloc` would give them."""
+        if npages > self._count:
+            raise HypBug("table pages were taken from an empty cache")
+        found, self._head = self._walk(npages)
+        self._count -= npages
+        pas = np.array(found, np.uint64)
+        pages = self._numbers(pas)
+        self._grid[pages, 0] = 0
+        self._refcounts[pages] = 1
+        return pas
+
     def free(self, pa: int) -> None:
         """Put the page at `pa` (bytes, aligned) on the stack, zeroed, refcount 0."""
         offset = pa - self._base
@@ -54,15 +72,35 @@ class PageStack:
         self._head = pa
         self._count += 1
 
+    def free_many(self, pas: _Pages) -> None:
+        """Put pages on the stack, in order, as so many calls of `free` would."""
+        if not pas.size:
+            return
+        pages = self._numbers(pas)
+        self._grid[pages] = 0
+        self._grid[pages, 0] = np.concatenate((np.array([self._head], np.uint64), pas[:-1]))
+        self._refcounts[pages] = 0
+        self._head = int(pas[-1])
+        self._count += pas.size
+
     def pages(self) -> list[int]:
         """PAs of the free pages on the stack, next to go first: for EL2's end of a VM and for
         those who check."""
+        return self._walk(self._count)[0]
+
+    def _walk(self, npages: int) -> tuple[list[int], int]:
+        """The first pages of the stack, and the one after them."""
         found = []
         pa = self._head
-        for _ in range(self._count):
+        for _ in range(npages):
             found.append(pa)
             pa = self._words[(pa - self._base) >> 3]
-        return found
+        return found, pa
+
+    def _numbers(self, pas: _Pages) -> npt.NDArray[np.int64]:
+        """Page numbers within RAM."""
+        numbers: npt.NDArray[np.int64] = pas.astype(np.int64) - self._base >> PAGE_SHIFT
+        return numbers
 
 
 class PagePool(PageStack):
@@ -87,6 +125,15 @@ class PagePool(PageStack):
         if self._count:
             return super().alloc()
         return self.alloc_aligned(1)
+
+    def alloc_many(self, npages: int) -> _Pages:
+        """PAs of `npages` pages, as so many calls of `alloc` would give them. Raises
+        Refused(ENOMEM) and has then taken none."""
+        if npages > self.available:
+            raise Refused(Errno.ENOMEM, "hyp_pool", f"EL2 has no {npages} free pages left")
+        used = super().alloc_many(min(npages, self._count))
+        fresh = [self.alloc_aligned(1) for _ in range(npages - used.size)]
+        return np.concatenate((used, np.array(fresh, np.uint64)))
 
     def alloc_aligned(self, npages: int) -> int:
         """PA of `npages` fresh contiguous pages, aligned to their size (a power of two of

@@ -21,13 +21,14 @@ from pkvm.arm64.stage2 import (
     PageState,
 )
 from pkvm.events import NO_ADDRESS, Transition
-from pkvm.hyp.bulk import Leaves, clear, leaves, page_entries, runs_of, splits_at_ends
+from pkvm.hyp.bulk import Leaves, Runs, clear_leaves, joined, joints, leaves, splits_at_ends
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.ownership import GuestMemory, Ownership
 from pkvm.hyp.vmemmap import GUEST_OWNED, GUEST_SHARED_WITH_HOST, HOST_OWNED
 
 _OP = "reclaim_dying_guest_range"
 _SHARED = PageState.SHARED_OWNED << SW_STATE_SHIFT
+_PFN_AND_STATE = np.uint64(ADDRESS_MASK | SW_STATE_MASK)
 _LEAF_MASK = VALID | SW_STATE_MASK
 
 
@@ -86,21 +87,29 @@ class Reclaim(Ownership):
 
     def _reclaim(self, vm: GuestMemory, found: Leaves) -> int:
         """Reclaim these leaves, all of them owned."""
-        gfns, pfns = page_entries(found)
-        is_private = np.repeat(found.entries & np.uint64(SW_STATE_MASK) == 0, found.npages)
-        pages = self._pages_of(pfns)
-        expected = np.where(is_private, GUEST_OWNED, GUEST_SHARED_WITH_HOST)
-        if (self.vmemmap.states[pages] != expected).any():
-            raise HypBug(f"VM {vm.handle:#x} maps a page that it does not own")
-        clear(vm.stage2, found)
+        pfns = ((found.entries & _PFN_AND_STATE) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        starts = joints(found.npages, found.frames, pfns)
+        npages = np.add.reduceat(found.npages, starts)
+        gfns, pfns = found.frames[starts], pfns[starts] & ADDRESS_MASK >> PAGE_SHIFT
+        is_private = found.entries[starts] & np.uint64(SW_STATE_MASK) == 0
+        order = np.argsort(pfns)
+        runs, is_private = Runs(pfns[order], npages[order]), is_private[order]
+        pages = Runs(self._pages_of(runs.starts), runs.sizes)
+        private = runs.where(is_private)
+        for some, expected in (
+            (is_private, GUEST_OWNED),
+            (~is_private, GUEST_SHARED_WITH_HOST),
+        ):
+            if some.any() and self._first_wrong(pages.where(some), expected) is not None:
+                raise HypBug(f"VM {vm.handle:#x} maps a page that it does not own")
+        clear_leaves(vm.stage2, found)
         vm.stage2.invalidate(NO_ADDRESS)
-        private = np.sort(pfns[is_private])
-        if private.size:
-            for _, pfn, nr in runs_of(private):
+        if private.starts.size:
+            private = joined(private)
+            for pfn, nr in zip(private.starts.tolist(), private.sizes.tolist(), strict=True):
                 self.zero(pfn << PAGE_SHIFT, nr << PAGE_SHIFT)
-            self.host.give_pages(private)
-        self.vmemmap.states[pages] = HOST_OWNED
-        for offset, pfn, nr in runs_of(pfns):
-            ipa = int(gfns[offset]) << PAGE_SHIFT
-            self._record(Transition(_OP, pfn << PAGE_SHIFT, nr, vm.handle, ipa))
-        return int(pfns.size)
+            self.host.give_runs(private)
+        self._mark(joined(pages), HOST_OWNED)
+        for pfn, gfn, nr in zip(pfns.tolist(), gfns.tolist(), npages.tolist(), strict=True):
+            self._record(Transition(_OP, pfn << PAGE_SHIFT, nr, vm.handle, gfn << PAGE_SHIFT))
+        return int(npages.sum())
