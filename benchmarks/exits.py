@@ -12,11 +12,10 @@ import struct
 import time
 from collections.abc import Iterator
 
-from unicorn import unicorn_const
-
 from common import Result, median_ratio
 from pkvm.arm64.smccc import Function
 from pkvm.events import NullRecorder
+from pkvm.machine.cpu.library import INTERRUPT_HOOK, Library
 from pkvm.machine.cpu.unicorn_engine import UnicornEngine
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.system import System
@@ -29,7 +28,9 @@ STORES = 4_000
 PAIRS = 7
 
 _HVC = 0xD400_0002
-_WFI = 0xD503_207F
+_BRK = 0xD420_0000
+_EXCP_HVC = 11
+"""QEMU's number of the exception, as the hook gets it."""
 _SUBS_X9 = 0xF100_0529  # subs x9, x9, #1
 _STR_W1_X10 = 0xB900_0141  # str w1, [x10]
 
@@ -65,30 +66,22 @@ def store_loop(address: int, count: int) -> bytes:
     )
 
 
-class _BareEngine(UnicornEngine):
-    """An engine whose only exception hook is a ctypes function that does nothing."""
-
-    def add_hook(self, kind: int, address: int) -> int:
-        if kind == unicorn_const.UC_HOOK_INTR:
-            prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_void_p)
-            self._bare = prototype(lambda _uc, _number, _data: None)
-            address = ctypes.cast(self._bare, ctypes.c_void_p).value or 0
-        return super().add_hook(kind, address)
-
-    def emulate_once(self) -> None:
-        """uc_emu_start until it returns by itself, which an untrapped WFI makes it do."""
-        self._library.uc_emu_start(self._handle, self.pc, 0, 0, 0)
-
-
 def _bare_hook() -> float:
     """Seconds of one HVC into the bare hook and back."""
     memory = PhysicalMemory(0x8000_0000, 1 << 20)
-    memory.write(0x8000_0000, hypercall_loop(int(Function.HYP_MEMINFO), CALLS, [_WFI]))
-    engine = _BareEngine(memory)
+    memory.write(0x8000_0000, hypercall_loop(int(Function.HYP_MEMINFO), CALLS, [_BRK]))
+    engine = UnicornEngine(memory)
+    stop = Library().uc_emu_stop
+
+    def hook(handle: int, number: int, _data: int) -> None:
+        if number != _EXCP_HVC:
+            stop(handle)
+
+    callback = INTERRUPT_HOOK(hook)
     try:
         engine.pc = 0x8000_0000
         start = time.perf_counter()
-        engine.emulate_once()
+        engine.run_bare(ctypes.cast(callback, ctypes.c_void_p).value or 0)
         seconds = time.perf_counter() - start
         if engine.x[9]:
             raise RuntimeError("the bare loop did not run to its end")

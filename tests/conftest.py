@@ -1,2 +1,4 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Puts this folder on the path: tests import `fakes`."""
+"""Fixtures that several folders share. What tests share otherwise is in `fakes`."""
+
+pytest_plugins = ["fakes.board_fixtures", "fakes.cpu_fixtures", "fakes.memory_fixtures"]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.rig import FIRMWARE_SLOT, PAGE, RAM_IPA, errno_of, rig
+from fakes.contract_rig import FIRMWARE_SLOT, PAGE, RAM_IPA, errno_of, rig
 from pkvm.arm64.smccc import Function
 from pkvm.guests.agent import Agent, AgentExitError, GuestExceptionError
 from pkvm.guests.protocol import Op

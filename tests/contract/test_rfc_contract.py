@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from contract.rig import (
+from fakes.contract_rig import (
     FIRMWARE_BYTES,
     FIRMWARE_IPA,
     FIRMWARE_SLOT,
@@ -137,14 +138,15 @@ def test_enable_takes_every_byte_of_every_slot(a: Rig) -> None:
     for memory in (a.ram, a.firmware, third):
         for offset in range(0, memory.length, PAGE):
             inside = offset + offset // PAGE * 8 % PAGE
-            for attempt in (
-                lambda m=memory, o=inside: m.read(o, 1),
-                lambda m=memory, o=inside: m.write(o, b"\xff"),
-                lambda m=memory, o=inside: m.syscall_read(o, 1),
-                lambda m=memory, o=inside: m.syscall_write(o, b"\xff"),
-            ):
+            attempts: tuple[tuple[Callable[[int, Any], object], object], ...] = (
+                (memory.read, 1),
+                (memory.write, b"\xff"),
+                (memory.syscall_read, 1),
+                (memory.syscall_write, b"\xff"),
+            )
+            for attempt, what in attempts:
                 with pytest.raises(ProtectedPageError) as refused:
-                    attempt()
+                    attempt(inside, what)
                 assert refused.value.address == memory.address + inside
             copies = ((memory.address + offset, scratch.address),)
             for source, target in (*copies, *(pair[::-1] for pair in copies)):
@@ -517,8 +519,9 @@ def closing(made: Rig, order: str) -> None:
     agent = made.agent(vcpu)
     assert agent.hvc(MEM_SHARE, RAM_IPA + 2 * PAGE, 1, 0)[:2] == (0, 1)
     made.ram.write(2 * PAGE, b"S")
+    closers = {"vm": made.vm.close, "vcpu": vcpu.close, "kvm": made.kvm.close}
     for name in order.split():
-        {"vm": made.vm, "vcpu": vcpu, "kvm": made.kvm}[name].close()
+        closers[name]()
     assert made.system.census().guest == {"owned": 0, "shared_with_host": 0}
     assert made.ram.read(PAGE, 70) == bytes(70)
     assert made.ram.read(2 * PAGE, 70) == b"Shared!" + b"shared!" * 9

@@ -6,8 +6,8 @@ from __future__ import annotations
 import zlib
 
 import pytest
-from bare_board import PAYLOAD, RAM_BASE, SLOT_BYTES, BareBoard
 
+from fakes.bare_board import PAYLOAD, RAM_BASE, SLOT_BYTES, BareBoard
 from pkvm.arm64 import psci, smccc
 from pkvm.arm64 import registers as r
 from pkvm.arm64.esr import EC
@@ -21,8 +21,6 @@ from pkvm.guests.agent import (
 )
 from pkvm.guests.protocol import ABI, Boot, Command, Info, Op, Sealed, Status
 from pkvm.kvm.exits import Intr, Mmio, SystemEvent
-
-pytest_plugins = ["board_fixtures"]
 
 NOWHERE = 0x2000_0000
 DEVICE = 0x0A00_0000

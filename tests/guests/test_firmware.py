@@ -7,17 +7,15 @@ import struct
 from typing import Any
 
 import pytest
-from bare_board import PAYLOAD, RAM_BASE, RAM_BYTES, SLOT_BYTES, BareBoard, calls, device_tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fakes.bare_board import PAYLOAD, RAM_BASE, RAM_BYTES, SLOT_BYTES, BareBoard, calls, device_tree
 from pkvm import fdt, guests
 from pkvm.arm64 import psci, smccc
 from pkvm.arm64 import registers as r
 from pkvm.guests.agent import Agent
 from pkvm.guests.protocol import Boot
-
-pytest_plugins = ["board_fixtures"]
 
 HELLO = (PAYLOAD, len(guests.image("hello")), PAYLOAD)
 TREE = fdt.build(device_tree(kernel=HELLO, bootargs="quiet"))

@@ -7,14 +7,12 @@ import zlib
 from collections.abc import Callable
 
 import pytest
-from bare_board import PAYLOAD, BareBoard, calls, device_tree
 
+from fakes.bare_board import PAYLOAD, BareBoard, calls, device_tree
 from pkvm import fdt
 from pkvm.arm64 import smccc
 from pkvm.guests.protocol import MAILBOX_BASE, Event, Mailbox
 from pkvm.kvm.exits import Mmio
-
-pytest_plugins = ["board_fixtures"]
 
 PAGE = 4096
 

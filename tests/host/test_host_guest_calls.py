@@ -7,9 +7,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from host_fakes import FakeVcpu, Guest, errno_of
-from host_machine import DEVICE, RAM_IPA, TIMEOUT_S, Machine, dabt
 
+from fakes.host_fakes import FakeVcpu, Guest, errno_of
+from fakes.host_machine import DEVICE, RAM_IPA, TIMEOUT_S, Machine, dabt
 from pkvm.arm64 import psci
 from pkvm.arm64.esr import EC, EC_SHIFT, IL
 from pkvm.arm64.smccc import VENDOR_HYP_UID, Function

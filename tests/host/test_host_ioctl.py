@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from host_fakes import PAGE, Rig, errno_of
 
+from fakes.host_fakes import PAGE, Rig, errno_of
 from pkvm import events
 from pkvm.arm64.registers import MPIDR_EL1, VBAR_EL1, mpidr_of_vcpu_id
 from pkvm.host import regs

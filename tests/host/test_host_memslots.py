@@ -6,10 +6,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from host_fakes import BLOCK, PAGE, Rig, errno_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fakes.host_fakes import BLOCK, PAGE, Rig, errno_of
 from pkvm.host.memslots import MemSlots
 from pkvm.uapi.kvm import MEM_SLOTS_NUM, MEMORY_REGION, Ioctl, MemFlag
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from host_fakes import BLOCK, PAGE, Rig, errno_of
 
+from fakes.host_fakes import BLOCK, PAGE, Rig, errno_of
 from pkvm.uapi.errors import ProtectedPageError
 
 EINVAL, ENOMEM, EFAULT = 22, 12, 14

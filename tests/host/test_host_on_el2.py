@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.rig import RAM_BYTES, RAM_IPA, Rig, errno_of, rig, running_system
+from fakes.contract_rig import RAM_BYTES, RAM_IPA, Rig, errno_of, rig, running_system
 from pkvm import events, guests
 from pkvm.check.invariants import check
 from pkvm.guests.agent import Agent, MmioExit

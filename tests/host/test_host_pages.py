@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from host_fakes import BLOCK, PAGE, RAM_BASE, FakeBus, errno_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from fakes.host_fakes import BLOCK, PAGE, RAM_BASE, FakeBus, errno_of
 from pkvm.host.pages import PageAllocator, PageRun
 
 ENOMEM = 12

@@ -7,8 +7,8 @@ import struct
 from functools import partial
 
 import pytest
-from host_fakes import BLOCK, PAGE, Rig, errno_of
 
+from fakes.host_fakes import BLOCK, PAGE, Rig, errno_of
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.protected import tables_needed
 from pkvm.hyp.abi import HostCall

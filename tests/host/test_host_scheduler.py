@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from host_fakes import FakeClock, FakeCpu
 
+from fakes.host_fakes import FakeClock, FakeCpu
 from pkvm.host.scheduler import (
     EXIT_BLOCKS,
     REAL_SLICE_NS,

@@ -11,6 +11,7 @@ import struct
 from typing import NamedTuple
 
 import pytest
+
 from fakes import a64
 from fakes.el2_rig import (
     INCREMENT_PC,
@@ -20,7 +21,6 @@ from fakes.el2_rig import (
     El2,
     Guest,
 )
-
 from pkvm.arm64 import psci
 from pkvm.arm64 import registers as r
 from pkvm.arm64.smccc import Function
@@ -149,7 +149,7 @@ class Scene:
         self.trigger = trigger
         self.el2 = El2(ram_bytes=32 << 20)
         vectors = [a64.NOP] * ((VBAR - RAM_IPA) // 4)
-        vectors[: 2] = [a64.WFI, trigger.instruction]
+        vectors[:2] = [a64.WFI, trigger.instruction]
         vectors += [a64.LOOP] * 0x200
         self.guest = Guest(self.el2, vectors, vcpus=2, block=True, tables=3)
         assert self.guest.run() == ExitCode.TRAP
@@ -195,7 +195,9 @@ class Scene:
 
     def lie(self, flags: int, x0: int) -> None:
         """Fill the host's page with lies, but for the flags and X0."""
-        lies = b"".join((0x11E5_0000_0000_0000 | n * 0x1_0003).to_bytes(8, "little") for n in range(512))
+        lies = b"".join(
+            (0x11E5_0000_0000_0000 | n * 0x1_0003).to_bytes(8, "little") for n in range(512)
+        )
         self.el2.bus.write(self.guest.vcpus[0], lies)
         self.guest.set(HostVcpu.FLAGS, flags)
         self.guest.set(HostVcpu.X, x0)
@@ -243,7 +245,11 @@ def test_the_host_sees_what_the_class_publishes_and_nothing_else(name: str) -> N
     for offset, value in shown.items():
         struct.pack_into("<Q", expected, offset, value)
     page = one.host_page()
-    differ = [hex(offset) for offset in range(0, PAGE, 8) if page[offset:offset + 8] != expected[offset:offset + 8]]
+    differ = [
+        hex(offset)
+        for offset in range(0, PAGE, 8)
+        if page[offset : offset + 8] != expected[offset : offset + 8]
+    ]
     assert differ == []
     event = one.el2.events(GuestExit)[-1]
     assert (event.reason, event.ipa) == (RULES[trigger.kind].reason, trigger.ipa)
@@ -280,7 +286,8 @@ def test_no_exception_where_none_can_be(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["wfi", "write of a host-handled register", "store of XZR", "store of 8 bits", "load to XZR"]
+    "name",
+    ["wfi", "write of a host-handled register", "store of XZR", "store of 8 bits", "load to XZR"],
 )
 def test_increment_pc_alone(name: str) -> None:
     one = scene(name)
@@ -431,7 +438,7 @@ def test_aarch32_ends_the_vcpu(where: str) -> None:
     assert el2.bus.read(guest.vcpus[0], PAGE) == before
     assert el2.refusals()[-1].why == "the guest is in AArch32 state"
     assert guest.run() == ExitCode.ILLEGAL
-    assert guest.vcpu().unusable
+    assert guest.vcpu().exit_class == ExitClass.ILLEGAL
     el2.sound()
 
 
@@ -460,5 +467,3 @@ def test_illegal_exit_leaves_power_to_the_guest() -> None:
     assert one.guest.run() == ExitCode.ILLEGAL
     assert one.guest.vcpu().power == psci.Affinity.ON
     assert one.el2.x1(HostCall.VCPU_PUT) == 0
-
-

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from fakes import a64
-from fakes.el2_rig import INCREMENT_PC, RAM_IPA, El2, Guest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fakes import a64
+from fakes.el2_rig import INCREMENT_PC, RAM_IPA, El2, Guest
 from pkvm.arm64 import psci, smccc
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, Function
 from pkvm.events import GuestHypercall, GuestTrap, Refusal, Transition
@@ -186,7 +186,9 @@ def test_a_block_is_split_with_table_pages_that_the_host_gives() -> None:
     guest.feed()
     assert guest.run() == ExitCode.TRAP
     assert caller.results() == (0, 2, 0, 0)
-    assert [caller.reachable(page) for page in range(5, 11)] == [False] * 2 + [True] * 2 + [False] * 2
+    assert [caller.reachable(page) for page in range(5, 11)] == [False] * 2 + [True] * 2 + [
+        False
+    ] * 2
     caller.el2.sound()
 
 
@@ -220,10 +222,10 @@ ARGUMENTS = st.one_of(
 )
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(FUNCTIONS, ARGUMENTS, ARGUMENTS, st.sampled_from([0, 0, 1])), max_size=30)
 )
-@given(st.lists(st.tuples(FUNCTIONS, ARGUMENTS, ARGUMENTS, st.sampled_from([0, 0, 1])), max_size=30))
 def test_random_calls_leave_el2_alive_and_memory_sound(
     calls: list[tuple[int, int, int, int]],
 ) -> None:

@@ -14,8 +14,6 @@ from pkvm.hyp.abi import PROT_R, PROT_RWX, PROT_W, PROT_X
 from pkvm.hyp.errors import Errno
 from pkvm.machine.stage2 import Stage2Fault
 
-pytest_plugins = ["fakes.memory_fixtures"]
-
 GFN = 0x80001
 GUEST = ("NOPAGE", "NOPAGE")
 LENT = ("SHARED_OWNED", "NOPAGE")

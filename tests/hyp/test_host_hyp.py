@@ -14,8 +14,6 @@ from pkvm.events import Tlbi, Transition
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.machine.stage2 import Stage2Fault
 
-pytest_plugins = ["fakes.memory_fixtures"]
-
 OWNED = ("OWNED", "NOPAGE")
 SHARED = ("SHARED_OWNED", "SHARED_BORROWED")
 HYP = ("NOPAGE", "OWNED")

@@ -22,8 +22,6 @@ from pkvm.machine.bus import Bus
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.machine.stage2 import Access, Stage2Fault
 
-pytest_plugins = ["fakes.memory_fixtures"]
-
 RAM = 0x8000_0000
 RWX_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
 

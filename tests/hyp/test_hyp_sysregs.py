@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pytest
+
 from fakes import a64
 from fakes.el2_rig import INCREMENT_PC, PENDING_EXCEPTION, RAM_IPA, El2, Guest
-
 from pkvm.arm64 import registers as r
 from pkvm.events import GuestTrap
 from pkvm.hyp.abi import ExitCode

@@ -6,12 +6,12 @@ from __future__ import annotations
 import errno
 
 import pytest
-from fakes import a64
-from fakes.el2_rig import PAGE, RAM_IPA, SLOT_BYTES, El2, Guest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from fakes import a64
+from fakes.el2_rig import PAGE, RAM_IPA, SLOT_BYTES, El2, Guest
 from pkvm.events import Tlbi
 from pkvm.hyp.abi import HANDLE_BASE, MAX_VCPUS, MAX_VMS, HostCall, HostVcpu, HostVm
 from pkvm.machine.stage2 import Stage2Fault

@@ -9,8 +9,6 @@ from fakes.memory_rig import DEVICE, Rig, RigVm
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.machine.stage2 import Stage2Fault
 
-pytest_plugins = ["fakes.memory_fixtures"]
-
 
 def test_pages_are_taken_zeroed_and_given_back_linked(rig: Rig) -> None:
     vm = rig.vm(tables=0)

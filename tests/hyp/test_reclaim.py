@@ -12,8 +12,6 @@ from pkvm.hyp.abi import PROT_R
 from pkvm.hyp.errors import Errno
 from pkvm.machine.stage2 import Stage2Fault
 
-pytest_plugins = ["fakes.memory_fixtures"]
-
 GFN = 0x40000
 IPA = GFN << 12
 OWNED = ("OWNED", "NOPAGE")

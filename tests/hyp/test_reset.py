@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from fakes import a64
-from fakes.el2_rig import FIRMWARE_IPA, FIRMWARE_BYTES, PAGE, RAM_IPA, SLOT_BYTES, El2, Guest
 
+from fakes import a64
+from fakes.el2_rig import FIRMWARE_BYTES, FIRMWARE_IPA, PAGE, RAM_IPA, SLOT_BYTES, El2, Guest
 from pkvm.arm64 import registers as r
 from pkvm.arm64.psci import Function
 from pkvm.hyp.abi import ExitCode, HostVcpu

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from stage2_trees import (
+
+from fakes.stage2_trees import (
     BLOCK_RWX,
     GIB1,
     KIB4,
@@ -21,7 +22,6 @@ from stage2_trees import (
     Tree,
     rubbish_word,
 )
-
 from pkvm.machine import bus as bus_module
 from pkvm.machine.bus import FAULT_RETRIES, Bus, TlbEntry
 from pkvm.machine.memory import BusError, DeviceWindow, PhysicalMemory

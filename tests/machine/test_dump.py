@@ -7,8 +7,19 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stage2_trees import BLOCK_RWX, GIB1, KIB4, MIB2, PAGE_RO, PAGE_RWX, RAM, XN, Tree, rubbish_word
 
+from fakes.stage2_trees import (
+    BLOCK_RWX,
+    GIB1,
+    KIB4,
+    MIB2,
+    PAGE_RO,
+    PAGE_RWX,
+    RAM,
+    XN,
+    Tree,
+    rubbish_word,
+)
 from pkvm.machine.dump import Run, describe_leaf, dump_stage2, stage2_runs
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.machine.stage2 import Stage2Context, iter_leaves

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import pytest
-from stage2_trees import KIB4, RAM, Tree
 
+from fakes.stage2_trees import KIB4, RAM, Tree
 from pkvm.events import DmaFault, Event
 from pkvm.machine import dma
 from pkvm.machine.clock import counter_ticks

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stage2_trees import GIB1, KIB4, MIB2, PAGE_RO, PAGE_WO, RAM, Tree
 
+from fakes.stage2_trees import GIB1, KIB4, MIB2, PAGE_RO, PAGE_WO, RAM, Tree
 from pkvm.events import DmaFault, Event
 from pkvm.machine import dma
 from pkvm.machine.bus import Bus

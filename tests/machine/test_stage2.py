@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from stage2_trees import (
+
+from fakes.stage2_trees import (
     BLOCK_RWX,
     GIB1,
     KIB4,
@@ -23,7 +24,6 @@ from stage2_trees import (
     Tree,
     rubbish_word,
 )
-
 from pkvm.machine.memory import BusError, PhysicalMemory
 from pkvm.machine.stage2 import (
     Access,

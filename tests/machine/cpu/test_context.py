@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from unicorn import arm64_const
 
-from cpu.conftest import MakeGuest
-from cpu.cpu_guest import (
+from fakes.cpu_fixtures import MakeGuest
+from fakes.cpu_guest import (
     BACKING,
     CODE,
     DATA,

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from cpu.conftest import MakeGuest
-from cpu.cpu_guest import CODE, Guest, hvc, mov, mrs, msr
+from fakes.cpu_fixtures import MakeGuest
+from fakes.cpu_guest import CODE, Guest, hvc, mov, mrs, msr
 from pkvm.arm64 import registers as reg
 
 ENABLE, IMASK, ISTATUS = 1, 2, 4

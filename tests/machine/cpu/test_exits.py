@@ -7,8 +7,8 @@ import ctypes
 
 import pytest
 
-from cpu.conftest import MakeGuest
-from cpu.cpu_guest import (
+from fakes.cpu_fixtures import MakeGuest
+from fakes.cpu_guest import (
     CODE,
     DATA,
     HCR,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpu.cpu_guest import CODE, HCR, TABLE, Guest, hvc
+from fakes.cpu_guest import CODE, HCR, TABLE, Guest, hvc
 from pkvm.arm64 import registers as reg
 from pkvm.machine.cpu.engine import StopReason
 

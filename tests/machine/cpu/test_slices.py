@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from cpu.conftest import MakeGuest
-from cpu.cpu_guest import CODE, Guest, add, b, cbnz, hvc, mov, str_, sub, svc
+from fakes.cpu_fixtures import MakeGuest
+from fakes.cpu_guest import CODE, Guest, add, b, cbnz, hvc, mov, str_, sub, svc
 from pkvm.arm64 import registers as reg
 from pkvm.machine.cpu import thunks
 from pkvm.machine.cpu.engine import StopReason

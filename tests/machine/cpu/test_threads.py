@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from cpu.cpu_guest import BACKING, CODE, DATA, WFE, WFI, Guest, add, b, hvc, ldr, mov, movz, str_
+from fakes.cpu_guest import BACKING, CODE, DATA, WFE, WFI, Guest, add, b, hvc, ldr, mov, movz, str_
 from pkvm.arm64 import registers as reg
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError

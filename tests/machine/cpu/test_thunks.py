@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from cpu.cpu_guest import CODE, Guest, add, hvc, movz
+from fakes.cpu_guest import CODE, Guest, add, hvc, movz
 from pkvm.machine.cpu import thunks
 from pkvm.machine.cpu.engine import StopReason
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from bare_board import BareBoard, calls
+
+from fakes.bare_board import BareBoard, calls
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from host_fakes import BLOCK, PAGE, Guest, Rig
-
+from fakes.host_fakes import BLOCK, PAGE, Guest, Rig
 from pkvm.arm64.esr import EC, EC_SHIFT, IL, ISV, SAS_SHIFT, WNR
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.uapi import kvm as uapi

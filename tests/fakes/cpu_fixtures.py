@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cpu.cpu_guest import Guest
+from fakes.cpu_guest import Guest
 from pkvm.machine.cpu import thunks
 
 MakeGuest = Callable[..., Guest]
