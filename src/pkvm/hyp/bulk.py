@@ -91,7 +91,14 @@ def joints(sizes: Frames | int, *columns: Frames) -> Frames:
 
 def distinct(numbers: Frames) -> Frames:
     """Numbers of which equal ones come together, each once."""
-    return numbers[np.flatnonzero(np.diff(numbers, prepend=-1))]
+    return numbers[_is_new(numbers)]
+
+
+def _is_new(numbers: Frames) -> npt.NDArray[np.bool_]:
+    """Which numbers are not the one before."""
+    new = np.ones(numbers.size, np.bool_)
+    np.not_equal(numbers[1:], numbers[:-1], out=new[1:])
+    return new
 
 
 def cut(runs: Runs) -> tuple[Runs, Frames]:
@@ -180,6 +187,8 @@ def write(stage2: Stage2, runs: Runs, firsts: Entries, step: int, level: int = L
     Tables are made where missing. Returns whether a valid entry was overwritten: then a TLBI is
     due. Raises HypBug where a leaf or a table stands in the way.
     """
+    if not runs.starts.size:
+        return False
     words, grid, refcounts = stage2.memory.u64, stage2.grid, stage2.refcounts
     pieces, of = cut(runs)
     entries = firsts[of] + (pieces.starts - runs.starts[of]).astype(np.uint64) * np.uint64(step)
@@ -190,11 +199,13 @@ def write(stage2: Stage2, runs: Runs, firsts: Entries, step: int, level: int = L
     grid[pages] = entries[whole, np.newaxis] + STEPS * np.uint64(step)
     refcounts[pages] = 1 + TABLE_ENTRIES
 
-    index, which, nth = _words(pieces.where(~whole), tables[~whole])
-    old = words[index]
-    was_valid |= _any_valid(old, level)
-    words[index] = entries[~whole][which] + nth.astype(np.uint64) * np.uint64(step)
-    _count(stage2, index[old == 0], 1)
+    part = ~whole
+    if part.any():
+        index, which, nth = _words(pieces.where(part), tables[part])
+        old = words[index]
+        was_valid |= _any_valid(old, level)
+        words[index] = entries[part][which] + nth.astype(np.uint64) * np.uint64(step)
+        _count(stage2, index[old == 0], 1)
     return was_valid
 
 
@@ -203,6 +214,8 @@ def clear(stage2: Stage2, runs: Runs, level: int = LAST_LEVEL) -> None:
 
     Raises HypBug where a leaf of another size or a table stands in the way.
     """
+    if not runs.starts.size:
+        return
     words, grid, refcounts = stage2.memory.u64, stage2.grid, stage2.refcounts
     pieces, _ = cut(runs)
     tables = _tables(stage2, pieces.starts >> _TABLE_SHIFT, level)
@@ -213,11 +226,13 @@ def clear(stage2: Stage2, runs: Runs, level: int = LAST_LEVEL) -> None:
     grid[pages] = 0
     refcounts[pages] = 1
 
-    index, _, _ = _words(pieces.where(~whole), tables[~whole])
-    old = words[index]
-    _any_valid(old, level)
-    words[index] = 0
-    _count(stage2, index[old != 0], -1)
+    part = ~whole
+    if part.any():
+        index, _, _ = _words(pieces.where(part), tables[part])
+        old = words[index]
+        _any_valid(old, level)
+        words[index] = 0
+        _count(stage2, index[old != 0], -1)
     _prune(stage2, distinct(pieces.starts >> _TABLE_SHIFT), level)
 
 
@@ -233,10 +248,12 @@ def break_blocks(stage2: Stage2, frames: Runs) -> bool:
     empty or not. Returns whether there was one: then a TLBI is due."""
     regions = distinct(cut(frames)[0].starts >> _TABLE_SHIFT)
     found = blocks_at(stage2, regions)
+    if not found.any():
+        return False
     index = distinct(slots(stage2, regions[found], LAST_LEVEL - 1))
     stage2.memory.u64[index] = 0
     _count(stage2, index, -1)
-    return bool(index.size)
+    return True
 
 
 def blocks_at(stage2: Stage2, regions: Frames) -> npt.NDArray[np.bool_]:
@@ -262,7 +279,7 @@ def _tables(stage2: Stage2, numbers: Frames, level: int) -> Frames:
     entries = words[index]
     if (entries & TABLE != TABLE).any():
         raise HypBug("a leaf stands where a table must go")
-    pages: Frames = _pages(stage2, entries)[np.cumsum(np.diff(numbers, prepend=-1) != 0) - 1]
+    pages: Frames = _pages(stage2, entries)[np.cumsum(_is_new(numbers)) - 1]
     return pages
 
 
@@ -284,8 +301,8 @@ def _count(stage2: Stage2, index: Frames, by: int) -> None:
     """Add `by` to a table's refcount for each of its entries in `index`; those of one table come
     together."""
     pages = index >> _TABLE_SHIFT
-    starts = np.flatnonzero(np.diff(pages, prepend=-1))
-    counts = by * np.diff(starts, append=pages.size)
+    starts = np.flatnonzero(_is_new(pages))
+    counts = by * np.diff(np.append(starts, pages.size))
     pages = pages[starts]
     stage2.refcounts[pages] = stage2.refcounts[pages] + counts
 

@@ -55,6 +55,7 @@ from pkvm.hyp.bulk import (
     distinct,
     joined,
     leaves,
+    runs_in,
     write,
 )
 from pkvm.hyp.errors import Errno
@@ -241,8 +242,8 @@ class HostMemory:
         clear(self.stage2, pieces)
         self._invalidate_host(NO_ADDRESS)
         whole = pieces.sizes == TABLE_ENTRIES
-        blocks = _regions(pieces.where(whole))
-        self._map_for_dma(blocks, BLOCK_LEVELS[-1], ATTR_DMA)
+        blocks = pieces.starts[whole] >> _TABLE_SHIFT
+        self._map_for_dma(runs_in(blocks), BLOCK_LEVELS[-1], ATTR_DMA)
         self._map_for_dma(pieces.where(~whole), LAST_LEVEL, DMA_PAGE)
 
     def abort(self, ipa: int, access: Access, fsc: int) -> bool:
@@ -290,7 +291,7 @@ class HostMemory:
         whole = is_block & (pieces.sizes == TABLE_ENTRIES)
         for region in distinct(pieces.starts[is_block & ~whole] >> _TABLE_SHIFT).tolist():
             dma.split(region * BLOCK_2M)
-        clear(dma, _regions(pieces.where(whole)), BLOCK_LEVELS[-1])
+        clear(dma, runs_in(pieces.starts[whole] >> _TABLE_SHIFT), BLOCK_LEVELS[-1])
         clear(dma, pieces.where(~whole))
 
     def _map_for_dma(self, runs: Runs, level: int, attributes: int) -> None:
@@ -324,8 +325,3 @@ class HostMemory:
     def _invalidate_dma(self, ipa: int) -> None:
         self.dma_bus.invalidate(None if ipa == NO_ADDRESS else ipa)
         self._record(Tlbi(HOST_VMID, ipa, "smmu"))
-
-
-def _regions(whole: Runs) -> Runs:
-    """The regions of 2 MiB that these runs, each one of them, are."""
-    return Runs(whole.starts >> _TABLE_SHIFT, np.ones(whole.starts.size, np.int64))

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE_SIZE = 4096
-_DISCARD_BYTES = 2 << 20 if sys.platform == "linux" else sys.maxsize
+_DISCARD_BYTES = 1 << 20 if sys.platform == "linux" else sys.maxsize
 """Ranges that `PhysicalMemory.zero` discards: only Linux promises zeroes after MADV_DONTNEED."""
 
 
