@@ -17,11 +17,12 @@ HOOKS = 0x1_0000
 STUBS = 0x1_2000
 CELLS = 0x1_4000
 STACK = 0x1_8000
-CALLED = ("DO_INTERRUPT", "EMU_STOP", "VECTOR", "SLOW")
+CALLED = ("DO_INTERRUPT", "EMU_STOP", "VECTOR", "SLOW", "EMU_START")
 CELL = {
     name: CELLS + 64 * index
     for index, name in enumerate(
         (
+            "PC",
             "COUNTERS",
             "NO_EXIT",
             "TARGET_EL",
@@ -35,6 +36,7 @@ CELL = {
 }
 RET = 0xD65F03C0
 MOV_X21_X0 = 0xAA0003F5
+MOV_X0_X22 = 0xAA1603E0
 
 
 class Aarch64Host:
@@ -45,7 +47,7 @@ class Aarch64Host:
         pool = {"UC": 0xAAAA, "CPU": 0xCCCC, **CELL}
         for number, name in enumerate(CALLED, 1):
             pool[name] = STUBS + 16 * number
-            self.guest.write(pool[name], add(20, 20, number), MOV_X21_X0, RET)
+            self.guest.write(pool[name], add(20, 20, number), MOV_X21_X0, MOV_X0_X22, RET)
         self.guest.write_bytes(HOOKS, thunks.image(thunks.AARCH64, pool))
         self.guest.write(CODE, hvc(0))
         self.set(NO_EXIT=1, AARCH64=1, TARGET_EL=2, SYNDROME=0x5A00_0001, VADDRESS=0x7000)
@@ -63,10 +65,12 @@ class Aarch64Host:
             self.guest.write_bytes(CELL["COUNTERS"], struct.pack("<4Q", *words))
         return tuple(self.guest.read(CELL["COUNTERS"] + 8 * index) for index in range(4))
 
-    def call(self, entry: int, number: int = 0) -> tuple[int, int]:
-        """Sum of the numbers of the functions called, and the last one's first argument."""
+    def call(self, entry: int, number: int = 0, result: int = 0) -> tuple[int, int]:
+        """Sum of the numbers of the functions called, which all return `result`, and the last
+        one's first argument."""
         engine = self.guest.engine
         engine.x[0], engine.x[1], engine.x[20], engine.x[30] = 0xAAAA, number, 0, CODE
+        engine.x[22] = result
         engine.set_sp(1, STACK)
         engine.pc = HOOKS + entry
         engine.vector = lambda: False
@@ -78,13 +82,28 @@ class Aarch64Host:
         return self.call(thunks.AARCH64.exception, number)
 
 
-DO_INTERRUPT, EMU_STOP, VECTOR, SLOW = range(1, 5)
+DO_INTERRUPT, EMU_STOP, VECTOR, SLOW, EMU_START = range(1, 6)
 
 
 def test_aarch64_hypercall_goes_to_the_vector() -> None:
     host = Aarch64Host()
     assert host.exception(11)[0] == VECTOR
     assert (host.get("ESR_EL2"), host.get("FAR_EL2")) == (0x5A00_0001, 0)
+
+
+def test_aarch64_vector_may_stop_emulation() -> None:
+    host = Aarch64Host()
+    assert host.call(thunks.AARCH64.exception, 11, result=1) == (VECTOR + EMU_STOP, 0xAAAA)
+
+
+def test_aarch64_start_is_at_pc_without_end_or_limits() -> None:
+    host = Aarch64Host()
+    host.set(PC=0x4000_0000)
+    engine = host.guest.engine
+    for number in (2, 3, 4):
+        engine.x[number] = 0x77
+    assert host.call(thunks.AARCH64.start, result=5) == (EMU_START, 0xAAAA)
+    assert [engine.x[number] for number in range(5)] == [5, 0x4000_0000, 0, 0, 0]
 
 
 @pytest.mark.parametrize("number", [3, 4])
@@ -140,7 +159,7 @@ def test_code_leaves_room_for_its_pool(code: thunks.NativeCode) -> None:
     assert len(code.text) <= thunks.POOL_OFFSET
     image = thunks.image(code, {name: index for index, name in enumerate(thunks.POOL)})
     assert image[: len(code.text)] == code.text
-    assert struct.unpack_from("<14Q", image, thunks.POOL_OFFSET) == tuple(range(14))
+    assert struct.unpack_from("<16Q", image, thunks.POOL_OFFSET) == tuple(range(16))
 
 
 def test_hosts_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:

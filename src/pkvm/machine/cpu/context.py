@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
+from functools import partial
 from typing import cast
 
 from unicorn import arm64_const
@@ -38,6 +39,14 @@ _PSTATE = struct.Struct("<2I184x4I16xI4xQ")
 """From `pstate` on: PSTATE's rest, nRW inverted, C, V (bit 31), N (bit 31), not Z, BTYPE, DAIF."""
 
 
+def _exit_struct(layout: UnicornLayout) -> struct.Struct:
+    """PSTATE's first piece, whether in AArch64 state, SCTLR_EL1, FAR_EL2, HPFAR_EL2, counted from
+    PSTATE on."""
+    sctlr, far = layout.sctlr_el + 8, layout.far_el + 16
+    gaps = (sctlr - layout.pstate - 8, far - sctlr - 8, layout.hpfar_el2 - far - 8)
+    return struct.Struct("<II{}xQ{}xQ{}xQ".format(*gaps))
+
+
 class CpuContext:
     """The registers of the engine's CPU and the context they make up.
 
@@ -45,6 +54,8 @@ class CpuContext:
     """
 
     x: MutableSequence[int]
+    exit_state: Callable[[], tuple[int, int, int, int, int]]
+    """`CpuEngine.exit_state`: one call of C code."""
 
     def __init__(
         self,
@@ -74,6 +85,7 @@ class CpuContext:
         self._xregs = layout.xregs
         self._pc_word = layout.pc >> 3
         self._sp_word = (layout.xregs >> 3) + 31
+        self.exit_state = partial(_exit_struct(layout).unpack_from, self._state, layout.pstate)
         self._esr_el2_word = (layout.esr_el >> 3) + 2
         self._far_el2_word = (layout.far_el >> 3) + 2
         self._hpfar_word = layout.hpfar_el2 >> 3

@@ -85,6 +85,12 @@ class CpuEngine(Protocol):
         """HPFAR_EL2 of the last stage-2 abort."""
         ...
 
+    def exit_state(self) -> tuple[int, int, int, int, int]:
+        """What an exit is about, in one read: a word whose low four bits are PSTATE.M[3:0], whether
+        in AArch64 state (0 or 1), SCTLR_EL1, FAR_EL2, HPFAR_EL2. In AArch32 state the first says
+        nothing."""
+        ...
+
     def args(self) -> tuple[int, int, int, int]:
         """X0-X3 in one read: what a hypercall needs, cheaper than four."""
         ...

@@ -25,8 +25,10 @@ READ_REGISTER = ctypes.CFUNCTYPE(c_uint64, c_void_p, c_void_p)
 """C type of a system register's read function: (env, reginfo) -> value."""
 WRITE_REGISTER = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_uint64)
 """C type of a system register's write function: (env, reginfo, value)."""
-CALLBACK = ctypes.CFUNCTYPE(None)
-"""A hook whose arguments are not looked at."""
+VECTOR_ENTRY = ctypes.CFUNCTYPE(c_int)
+"""Called for an exception to EL2, without arguments; not 0: stop emulation."""
+START = ctypes.CFUNCTYPE(c_int)
+"""Starts emulation at PC; the status of `uc_emu_start`."""
 INTERRUPT_HOOK = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
 """UC_HOOK_INTR: (uc, exception number, user data)."""
 BLOCK_HOOK = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)

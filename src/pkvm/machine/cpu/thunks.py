@@ -8,7 +8,8 @@ instructions in an executable page:
 
 * An exception for EL1 is taken there and then (`arm_cpu_do_interrupt`).
 * An exception for EL2 from AArch64 state fills ESR_EL2, and FAR_EL2 for an
-  abort, and calls the VECTOR callback, which takes no arguments.
+  abort, and calls the VECTOR callback, which takes no arguments; emulation stops
+  if it returns anything but 0.
 * Everything else (AArch32 state, translations in doubt, the unexpected) goes to
   the SLOW callback, which takes a hook's arguments and could do it all: it is
   the hook itself on hosts without native code.
@@ -17,6 +18,8 @@ instructions in an executable page:
 * An exception for EL1 with no block executed since the one before means that
   the vector itself cannot be fetched. It counts as a block, so that a guest
   that only faults cannot outlast its slice.
+* Emulation starts at PC by a function without arguments: to pass five from
+  Python costs twice the start.
 
 The code is position-independent and the same for every engine; addresses come
 from a pool of 8-byte words behind it. The words of COUNTERS are blocks so far,
@@ -38,7 +41,9 @@ from dataclasses import dataclass
 POOL = (
     "UC",
     "CPU",
+    "PC",
     "DO_INTERRUPT",
+    "EMU_START",
     "EMU_STOP",
     "VECTOR",
     "SLOW",
@@ -52,7 +57,7 @@ POOL = (
     "FAR_EL2",
 )
 """What the pool's words point to, in order."""
-POOL_OFFSET = 0x100
+POOL_OFFSET = 0x140
 COUNTER_WORDS = 4
 COUNT, LIMIT, LIMIT_REACHED, LAST_DELIVERY = range(COUNTER_WORDS)
 """Indices of the words at COUNTERS."""
@@ -63,64 +68,70 @@ LAST_ARCHITECTURAL = 13
 
 @dataclass(frozen=True, slots=True)
 class NativeCode:
-    """Machine code of one host architecture and the offsets of its two entries."""
+    """Machine code of one host architecture and the offsets of its three entries."""
 
     text: bytes
     exception: int
     block: int
+    start: int
 
 
 # System V: rdi = uc, esi = exception number; nothing else of the arguments is used.
 X86_64 = NativeCode(
     text=bytes.fromhex(
         # exception:
-        "48 8b 05 31 01 00 00"  # mov rax,[NO_EXIT]
+        "48 8b 05 81 01 00 00"  # mov rax,[NO_EXIT]
         "80 38 01"  # cmp byte [rax],0x1
-        "0f 85 93 00 00 00"  # jne slow
+        "0f 85 a4 00 00 00"  # jne slow
         "83 fe 0d"  # cmp esi,0xd
-        "0f 87 8a 00 00 00"  # ja slow
-        "48 8b 05 20 01 00 00"  # mov rax,[TARGET_EL]
+        "0f 87 9b 00 00 00"  # ja slow
+        "48 8b 05 70 01 00 00"  # mov rax,[TARGET_EL]
         "8b 00"  # mov eax,dword [rax]
         "83 f8 02"  # cmp eax,0x2
-        "74 3b"  # je to_el2
+        "74 3f"  # je to_el2
         "83 f8 01"  # cmp eax,0x1
-        "75 77"  # jne slow
+        "0f 85 84 00 00 00"  # jne slow
         "48 83 ec 08"  # sub rsp,0x8
-        "48 8b 3d d1 00 00 00"  # mov rdi,[CPU]
-        "ff 15 d3 00 00 00"  # call [DO_INTERRUPT]
+        "48 8b 3d 0d 01 00 00"  # mov rdi,[CPU]
+        "ff 15 17 01 00 00"  # call [DO_INTERRUPT]
         "48 83 c4 08"  # add rsp,0x8
-        "48 8b 15 e8 00 00 00"  # mov rdx,[COUNTERS]
+        "48 8b 15 34 01 00 00"  # mov rdx,[COUNTERS]
         "48 8b 02"  # mov rax,[rdx]
         "48 3b 42 18"  # cmp rax,[rdx+0x18]
         "75 0c"  # jne delivered
         "48 3b 42 08"  # cmp rax,[rdx+0x8]
-        "73 69"  # jae stop
+        "73 76"  # jae stop
         "48 ff c0"  # inc rax
         "48 89 02"  # mov [rdx],rax
         # delivered:
         "48 89 42 18"  # mov [rdx+0x18],rax
         "c3"  # ret
         # to_el2:
-        "48 8b 05 df 00 00 00"  # mov rax,[AARCH64]
+        "48 8b 05 2b 01 00 00"  # mov rax,[AARCH64]
         "83 38 00"  # cmp dword [rax],0x0
-        "74 35"  # je slow
-        "48 8b 05 db 00 00 00"  # mov rax,[SYNDROME]
+        "74 42"  # je slow
+        "48 8b 05 27 01 00 00"  # mov rax,[SYNDROME]
         "8b 00"  # mov eax,dword [rax]
-        "48 8b 15 da 00 00 00"  # mov rdx,[ESR_EL2]
+        "48 8b 15 26 01 00 00"  # mov rdx,[ESR_EL2]
         "48 89 02"  # mov [rdx],rax
         "8d 46 fd"  # lea eax,[rsi-0x3]
         "83 f8 01"  # cmp eax,0x1
         "77 14"  # ja vector
-        "48 8b 05 d0 00 00 00"  # mov rax,[VADDRESS]
+        "48 8b 05 1c 01 00 00"  # mov rax,[VADDRESS]
         "48 8b 00"  # mov rax,[rax]
-        "48 8b 15 ce 00 00 00"  # mov rdx,[FAR_EL2]
+        "48 8b 15 1a 01 00 00"  # mov rdx,[FAR_EL2]
         "48 89 02"  # mov [rdx],rax
         # vector:
-        "ff 25 7d 00 00 00"  # jmp [VECTOR]
+        "48 83 ec 08"  # sub rsp,0x8
+        "ff 15 c5 00 00 00"  # call [VECTOR]
+        "48 83 c4 08"  # add rsp,0x8
+        "85 c0"  # test eax,eax
+        "75 26"  # jne halt
+        "c3"  # ret
         # slow:
-        "ff 25 7f 00 00 00"  # jmp [SLOW]
+        "ff 25 be 00 00 00"  # jmp [SLOW]
         # block:
-        "48 8b 15 80 00 00 00"  # mov rdx,[COUNTERS]
+        "48 8b 15 bf 00 00 00"  # mov rdx,[COUNTERS]
         "48 8b 02"  # mov rax,[rdx]
         "48 3b 42 08"  # cmp rax,[rdx+0x8]
         "73 07"  # jae stop
@@ -129,70 +140,85 @@ X86_64 = NativeCode(
         "c3"  # ret
         # stop:
         "48 c7 42 10 01 00 00 00"  # mov [rdx+0x10],0x1
-        "48 8b 3d 31 00 00 00"  # mov rdi,[UC]
-        "ff 25 43 00 00 00"  # jmp [EMU_STOP]
+        # halt:
+        "48 8b 3d 60 00 00 00"  # mov rdi,[UC]
+        "ff 25 82 00 00 00"  # jmp [EMU_STOP]
+        # start:
+        "48 8b 3d 53 00 00 00"  # mov rdi,[UC]
+        "48 8b 05 5c 00 00 00"  # mov rax,[PC]
+        "48 8b 30"  # mov rsi,[rax]
+        "31 d2"  # xor edx,edx
+        "31 c9"  # xor ecx,ecx
+        "45 31 c0"  # xor r8d,r8d
+        "ff 25 5c 00 00 00"  # jmp [EMU_START]
     ),
     exception=0,
-    block=169,
+    block=186,
+    start=230,
 )
 
 # AAPCS64: x0 = uc, w1 = exception number.
 AARCH64 = NativeCode(
     text=bytes.fromhex(
         # exception:
-        "c9 09 00 58"  # ldr x9, NO_EXIT
+        "49 0c 00 58"  # ldr x9, NO_EXIT
         "29 01 40 39"  # ldrb w9, [x9]
         "3f 05 00 71"  # cmp w9, #0x1
-        "41 05 00 54"  # b.ne slow
+        "e1 05 00 54"  # b.ne slow
         "3f 34 00 71"  # cmp w1, #0xd
-        "08 05 00 54"  # b.hi slow
-        "49 09 00 58"  # ldr x9, TARGET_EL
+        "a8 05 00 54"  # b.hi slow
+        "c9 0b 00 58"  # ldr x9, TARGET_EL
         "29 01 40 b9"  # ldr w9, [x9]
         "3f 09 00 71"  # cmp w9, #0x2
         "80 02 00 54"  # b.eq to_el2
         "3f 05 00 71"  # cmp w9, #0x1
-        "41 04 00 54"  # b.ne slow
+        "e1 04 00 54"  # b.ne slow
         "fd 7b bf a9"  # stp x29, x30, [sp, #-16]!
         "fd 03 00 91"  # mov x29, sp
-        "80 06 00 58"  # ldr x0, CPU
-        "a9 06 00 58"  # ldr x9, DO_INTERRUPT
+        "80 08 00 58"  # ldr x0, CPU
+        "e9 08 00 58"  # ldr x9, DO_INTERRUPT
         "20 01 3f d6"  # blr x9
         "fd 7b c1 a8"  # ldp x29, x30, [sp], #16
-        "4a 07 00 58"  # ldr x10, COUNTERS
+        "ca 09 00 58"  # ldr x10, COUNTERS
         "4b 31 40 a9"  # ldp x11, x12, [x10]
         "4d 0d 40 f9"  # ldr x13, [x10, #24]
         "7f 01 0d eb"  # cmp x11, x13
         "a1 00 00 54"  # b.ne delivered
         "7f 01 0c eb"  # cmp x11, x12
-        "c2 03 00 54"  # b.cs stop
+        "62 04 00 54"  # b.cs stop
         "6b 05 00 91"  # add x11, x11, #0x1
         "4b 01 00 f9"  # str x11, [x10]
         # delivered:
         "4b 0d 00 f9"  # str x11, [x10, #24]
         "c0 03 5f d6"  # ret
         # to_el2:
-        "a9 06 00 58"  # ldr x9, AARCH64
+        "29 09 00 58"  # ldr x9, AARCH64
         "29 01 40 b9"  # ldr w9, [x9]
-        "c9 01 00 34"  # cbz w9, slow
-        "89 06 00 58"  # ldr x9, SYNDROME
+        "69 02 00 34"  # cbz w9, slow
+        "09 09 00 58"  # ldr x9, SYNDROME
         "29 01 40 b9"  # ldr w9, [x9]
-        "8a 06 00 58"  # ldr x10, ESR_EL2
+        "0a 09 00 58"  # ldr x10, ESR_EL2
         "49 01 00 f9"  # str x9, [x10]
         "29 0c 00 51"  # sub w9, w1, #0x3
         "3f 05 00 71"  # cmp w9, #0x1
         "a8 00 00 54"  # b.hi vector
-        "29 06 00 58"  # ldr x9, VADDRESS
+        "a9 08 00 58"  # ldr x9, VADDRESS
         "29 01 40 f9"  # ldr x9, [x9]
-        "2a 06 00 58"  # ldr x10, FAR_EL2
+        "aa 08 00 58"  # ldr x10, FAR_EL2
         "49 01 00 f9"  # str x9, [x10]
         # vector:
-        "a9 03 00 58"  # ldr x9, VECTOR
-        "20 01 1f d6"  # br x9
+        "fd 7b bf a9"  # stp x29, x30, [sp, #-16]!
+        "fd 03 00 91"  # mov x29, sp
+        "e9 05 00 58"  # ldr x9, VECTOR
+        "20 01 3f d6"  # blr x9
+        "fd 7b c1 a8"  # ldp x29, x30, [sp], #16
+        "a0 01 00 35"  # cbnz w0, halt
+        "c0 03 5f d6"  # ret
         # slow:
-        "a9 03 00 58"  # ldr x9, SLOW
+        "89 05 00 58"  # ldr x9, SLOW
         "20 01 1f d6"  # br x9
         # block:
-        "aa 03 00 58"  # ldr x10, COUNTERS
+        "8a 05 00 58"  # ldr x10, COUNTERS
         "4b 31 40 a9"  # ldp x11, x12, [x10]
         "7f 01 0c eb"  # cmp x11, x12
         "82 00 00 54"  # b.cs stop
@@ -202,21 +228,34 @@ AARCH64 = NativeCode(
         # stop:
         "29 00 80 d2"  # mov x9, #0x1
         "49 09 00 f9"  # str x9, [x10, #16]
-        "00 01 00 58"  # ldr x0, UC
-        "a9 01 00 58"  # ldr x9, EMU_STOP
+        # halt:
+        "60 02 00 58"  # ldr x0, UC
+        "89 03 00 58"  # ldr x9, EMU_STOP
+        "20 01 1f d6"  # br x9
+        # start:
+        "00 02 00 58"  # ldr x0, UC
+        "69 02 00 58"  # ldr x9, PC
+        "21 01 40 f9"  # ldr x1, [x9]
+        "02 00 80 d2"  # mov x2, #0x0
+        "03 00 80 d2"  # mov x3, #0x0
+        "04 00 80 d2"  # mov x4, #0x0
+        "49 02 00 58"  # ldr x9, EMU_START
         "20 01 1f d6"  # br x9
     ),
     exception=0,
-    block=188,
+    block=208,
+    start=256,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class NativeHooks:
-    """The two hooks, as addresses to give to `uc_hook_add`; alive as long as this object."""
+    """The two hooks, as addresses to give to `uc_hook_add`, and `start`, a C function without
+    arguments that returns `uc_emu_start`'s status; alive as long as this object."""
 
     exception: int
     block: int
+    start: int
     _page: mmap.mmap
 
 
@@ -253,7 +292,7 @@ def build(pool: Mapping[str, int]) -> NativeHooks | None:
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     if code is AARCH64 and not _synchronise_instruction_cache(address, len(data)):
         return None
-    return NativeHooks(address + code.exception, address + code.block, page)
+    return NativeHooks(address + code.exception, address + code.block, address + code.start, page)
 
 
 def _synchronise_instruction_cache(address: int, length: int) -> bool:

@@ -36,6 +36,7 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 from unicorn import unicorn_const as uc
@@ -50,8 +51,9 @@ from pkvm.machine.cpu.errors import EngineError
 from pkvm.machine.cpu.exclusion import INSIDE, INTERRUPTED, WAITING, CpuOwnership
 from pkvm.machine.cpu.library import (
     BLOCK_HOOK,
-    CALLBACK,
     INTERRUPT_HOOK,
+    START,
+    VECTOR_ENTRY,
     Library,
 )
 from pkvm.machine.cpu.sysregs import AARCH64_KEY
@@ -117,7 +119,8 @@ class UnicornEngine(CpuContext):
         no_exit = ctypes.c_uint8.from_address(addresses.uc + LAYOUT.uc_no_exit_request)
         self._no_exit: memoryview[int] = memoryview(no_exit).cast("B")
         self._no_exit[0] = 1
-        self._requests = ctypes.c_uint32.from_address(addresses.cpu + LAYOUT.cpu_interrupt_request)
+        requests = ctypes.c_uint32.from_address(addresses.cpu + LAYOUT.cpu_interrupt_request)
+        self._requests: memoryview[int] = memoryview(requests).cast("B").cast("I")
         self._lines_dropped = False
         self._stopping = threading.Lock()
         self._ownership = CpuOwnership(self._stop)
@@ -141,7 +144,7 @@ class UnicornEngine(CpuContext):
     def _install_hooks(self) -> None:
         library, addresses = self._library, self._addresses
         self._on_vector, self._set_vector = self._make_vector_entry()
-        self._vector_callback = CALLBACK(self._on_vector)
+        self._vector_callback = VECTOR_ENTRY(self._on_vector)
         self._slow_callback = INTERRUPT_HOOK(self._on_exception)
         self._block_callback = BLOCK_HOOK(self._on_block)
         self._exception_address = _address(self._slow_callback)
@@ -150,7 +153,9 @@ class UnicornEngine(CpuContext):
         pool = {
             "UC": addresses.uc,
             "CPU": addresses.cpu,
+            "PC": env + 8 * self._pc_word,
             "DO_INTERRUPT": library.address_of("arm_cpu_do_interrupt"),
+            "EMU_START": library.address_of("uc_emu_start"),
             "EMU_STOP": library.address_of("uc_emu_stop"),
             "VECTOR": _address(self._vector_callback),
             "SLOW": self._exception_address,
@@ -163,9 +168,11 @@ class UnicornEngine(CpuContext):
             "VADDRESS": env + LAYOUT.vaddress,
             "FAR_EL2": env + 8 * self._far_el2_word,
         }
+        self._start: Callable[[], int] = self._start_by_library
         self._native = thunks.build(pool)
         if self._native is not None:
             self._exception_address, block_address = self._native.exception, self._native.block
+            self._start = START(self._native.start)
         self._exception_hook = self._add_hook(uc.UC_HOOK_INTR, self._exception_address)
         if self._counting:
             self._add_hook(uc.UC_HOOK_BLOCK, block_address)
@@ -191,14 +198,15 @@ class UnicornEngine(CpuContext):
 
     # Hooks, called by libunicorn while the guest owns the CPU
 
-    def _make_vector_entry(self) -> tuple[Callable[[], None], Callable[[Callable[[], bool]], None]]:
+    def _make_vector_entry(self) -> tuple[Callable[[], bool], Callable[[Callable[[], bool]], None]]:
         """The function that the hook calls for an exception taken from AArch64 state to EL2, with
-        ESR_EL2 and FAR_EL2 set; and the one that gives it EL2's vector. Every hypercall of a guest
-        passes here, so all that it needs is local to it."""
-        flags = self._ownership.flags
+        ESR_EL2 and FAR_EL2 set, which returns whether to stop emulation; and the one that gives it
+        EL2's vector. Every hypercall of a guest passes here, so all that it needs is local to
+        it."""
+        flags, requests = self._ownership.flags, self._requests
         vector: Callable[[], bool] = _no_vector
 
-        def enter() -> None:
+        def enter() -> bool:
             flags[INSIDE] = False
             try:
                 again = vector()
@@ -206,25 +214,20 @@ class UnicornEngine(CpuContext):
                 self._error = error
                 again = False
             flags[INSIDE] = True
-            if again and not (flags[WAITING] or flags[INTERRUPTED]):
-                return
-            self._after_vector(again)
+            if flags[WAITING]:
+                self._ownership.give_way()
+            if again:
+                return flags[INTERRUPTED]
+            self._reason = StopReason.VECTOR
+            if requests[0] & _LINES:
+                self._drop_lines()
+            return True
 
         def set_vector(new: Callable[[], bool]) -> None:
             nonlocal vector
             vector = new
 
         return enter, set_vector
-
-    def _after_vector(self, again: bool) -> None:
-        """The vector does not want the guest to go on, or somebody else does not."""
-        self._ownership.give_way()
-        if again and not self._ownership.flags[INTERRUPTED]:
-            return
-        if not again:
-            self._reason = StopReason.VECTOR
-            self._drop_lines()
-        self._library.uc_emu_stop(self._handle)
 
     @property
     def vector(self) -> Callable[[], bool]:
@@ -254,12 +257,12 @@ class UnicornEngine(CpuContext):
         self._words[self._esr_el2_word] = self._halves[LAYOUT.syndrome >> 2]
         if number in _ABORTS:
             self._words[self._far_el2_word] = self._words[LAYOUT.vaddress >> 3]
-        if self._halves[self._aarch64_half]:
-            self._on_vector()
-            return
-        self._leave_aarch32()
-        self._on_vector()
-        if not self._halves[self._aarch64_half]:
+        aarch32 = not self._halves[self._aarch64_half]
+        if aarch32:
+            self._leave_aarch32()
+        if self._on_vector():
+            self._library.uc_emu_stop(self._handle)
+        if aarch32 and not self._halves[self._aarch64_half]:
             self._enter_aarch32()
 
     def _on_block(self, _uc: int, _address: int, _size: int, _data: int) -> None:
@@ -296,11 +299,11 @@ class UnicornEngine(CpuContext):
     def run(self) -> StopReason:
         """Run the guest until EL2 gets the CPU back; what `vector` or `counter` raised is raised
         again here. Raises EngineError if a run is under way or the engine is closed."""
-        if not self._running.acquire(blocking=False):
+        if not self._running.acquire(False):
             raise EngineError("the engine is running already; its vector must not run it again")
         flags = self._ownership.flags
         try:
-            self._runner = threading.get_ident()
+            self._runner = get_ident()
             flags[INSIDE] = True
             while True:
                 if flags[WAITING]:
@@ -330,15 +333,14 @@ class UnicornEngine(CpuContext):
         aarch64, half = self._halves, self._aarch64_half
         if not aarch64[half]:
             self._enter_aarch32()
-        status = self._library.uc_emu_start(self._handle, self._words[self._pc_word], 0, 0, 0)
+        status = self._start()
         if not aarch64[half]:
             self._leave_aarch32()
+        reason, self._reason = self._reason, None
         if self._error is not None:
             error, self._error = self._error, None
-            self._reason = None
             raise error
-        if self._reason is not None:
-            reason, self._reason = self._reason, None
+        if reason is not None:
             return reason
         if status:
             self._external_abort(status)
@@ -347,6 +349,10 @@ class UnicornEngine(CpuContext):
             self._counters[thunks.LIMIT] = thunks.NO_LIMIT
             return StopReason.SLICE
         return None
+
+    def _start_by_library(self) -> int:
+        """Without native code."""
+        return int(self._library.uc_emu_start(self._handle, self.pc, 0, 0, 0))
 
     def _external_abort(self, status: int) -> None:
         """The guest reached for a PA where nothing answers."""
@@ -371,9 +377,9 @@ class UnicornEngine(CpuContext):
         self._library.tb_flush(self._addresses.cpu)
 
     def _drop_lines(self) -> None:
-        if self._requests.value & _LINES:
-            self._requests.value &= ~_LINES
-            self._lines_dropped = True
+        """Keep pending virtual interrupts from being taken while emulation stops."""
+        self._requests[0] &= ~_LINES
+        self._lines_dropped = True
 
     # From any thread
 

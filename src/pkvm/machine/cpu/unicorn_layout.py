@@ -51,6 +51,7 @@ class UnicornLayout:
     """CF, VF, NF, ZF: 16 bytes."""
     elr_el: int = 568
     sp_el: int = 600
+    sctlr_el: int = 672
     esr_el: int = 984
     far_el: int = 1048
     hpfar_el2: int = 1080
