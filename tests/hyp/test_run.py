@@ -195,6 +195,8 @@ def test_a_bug_in_the_vector_comes_out_of_the_door(
     def broken() -> bool:
         raise HypBug("injected")
 
+    el2.engine.interrupt()
+    guest.run()
     monkeypatch.setattr(el2.engine, "vector", broken)
     guest.load()
     with pytest.raises(HypBug, match="injected"):

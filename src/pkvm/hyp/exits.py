@@ -44,7 +44,7 @@ from typing import NamedTuple
 from pkvm.arm64 import esr as e
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import INTERNAL_FAILURE
-from pkvm.arm64.registers import PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE, SCTLR_EL1
+from pkvm.arm64.registers import SCTLR_E0E, SCTLR_EE
 from pkvm.events import NO_ADDRESS, GuestExit, GuestHypercall, Recorder
 from pkvm.hyp import inject, power
 from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, VcpuFlag
@@ -66,6 +66,9 @@ ENDIAN = HostVcpu.SCTLR_EE >> 3
 _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
 _WHOLE_ESR = 0xFFFF_FFFF
+_MODE_BITS = 0xF
+"""PSTATE.M in AArch64 state; M[4] is 0 there."""
+_ENDIAN_BITS = SCTLR_EE | SCTLR_E0E
 _PAGE_OFFSET = 0xFFF
 _SMC64 = 1 << 30
 _W_MASK = 0xFFFF_FFFF
@@ -95,8 +98,10 @@ class ExitClass(IntEnum):
     """Any but IRQ of a non-protected vCPU: not subject to these rules."""
 
 
-Source = Callable[[CpuEngine, int], int]
-"""(engine, ESR_EL2) -> the value of a published word."""
+State = tuple[int, int, int, int, int]
+"""`CpuEngine.exit_state`."""
+Source = Callable[[CpuEngine, int, State], int]
+"""(engine, ESR_EL2, state) -> the value of a published word."""
 Result = Callable[[CpuEngine, int, int], None]
 """(engine, ESR_EL2 of the exit, host's X0): what the trapped instruction gives the guest."""
 Answer = Callable[[Vcpu, int], int]
@@ -127,35 +132,35 @@ class Rule(NamedTuple):
     """Taken at any entry."""
 
 
-def _mode(engine: CpuEngine, esr: int) -> int:
-    return engine.pstate & PSTATE_MODE_MASK
+def _mode(engine: CpuEngine, esr: int, state: State) -> int:
+    return state[0] & _MODE_BITS
 
 
-def _endian(engine: CpuEngine, esr: int) -> int:
-    return engine.read_sysreg(SCTLR_EL1) & (SCTLR_EE | SCTLR_E0E)
+def _endian(engine: CpuEngine, esr: int, state: State) -> int:
+    return state[2] & _ENDIAN_BITS
 
 
-def _far_offset(engine: CpuEngine, esr: int) -> int:
-    return engine.far_el2 & _PAGE_OFFSET
+def _far_offset(engine: CpuEngine, esr: int, state: State) -> int:
+    return state[3] & _PAGE_OFFSET
 
 
-def _sys64_value(engine: CpuEngine, esr: int) -> int:
+def _sys64_value(engine: CpuEngine, esr: int, state: State) -> int:
     rt = (esr & e.SYS64_RT_MASK) >> e.SYS64_RT_SHIFT
     return 0 if rt == XZR else engine.x[rt]
 
 
-def _stored_value(engine: CpuEngine, esr: int) -> int:
+def _stored_value(engine: CpuEngine, esr: int, state: State) -> int:
     """The bytes that the store would put on the bus; nothing else of the register."""
     rt = (esr & e.SRT_MASK) >> e.SRT_SHIFT
     return 0 if rt == XZR else engine.x[rt] & _size_mask(esr)
 
 
-def _function(engine: CpuEngine, esr: int) -> int:
+def _function(engine: CpuEngine, esr: int, state: State) -> int:
     return engine.x[0] & _W_MASK
 
 
 def _argument(number: int) -> Source:
-    def source(engine: CpuEngine, esr: int) -> int:
+    def source(engine: CpuEngine, esr: int, state: State) -> int:
         return engine.x[number] & (MASK64 if engine.x[0] & _SMC64 else _W_MASK)
 
     return source
@@ -260,6 +265,7 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.ILLEGAL: Rule("illegal", ExitCode.ILLEGAL),
     ExitClass.NONPROTECTED: Rule("trap"),
 }
+_NO_STATE: State = (0, 1, 0, 0, 0)
 _BY_NUMBER = tuple(RULES[one] for one in ExitClass)
 
 
@@ -270,35 +276,41 @@ class Exits:
         self._engine = engine
         self._record = recorder.record
 
-    def publish(self, vcpu: Vcpu, kind: ExitClass, esr: int = 0) -> None:
-        """Exit to the host: write what the class shows, remember what the answer is about."""
+    def publish(self, vcpu: Vcpu, kind: ExitClass, esr: int, state: State) -> None:
+        """Exit to the host: write what the class shows, remember what the answer is about.
+        The guest is in AArch64 state."""
         engine = self._engine
         rule = _BY_NUMBER[kind]
         page = vcpu.page
         ipa = NO_ADDRESS
-        if rule.esr:
-            page[ESR] = esr & rule.esr
+        shown = esr & rule.esr
+        if shown:
+            page[ESR] = shown
         if rule.hpfar:
-            hpfar = engine.hpfar_el2 & e.HPFAR_FIPA_MASK
+            hpfar = state[4] & e.HPFAR_FIPA_MASK
             page[HPFAR] = hpfar
             ipa = hpfar << 8
-            vcpu.exit_far = engine.far_el2
+            vcpu.exit_far = state[3]
         for index, source in rule.words:
-            page[index] = source(engine, esr)
+            page[index] = source(engine, esr, state)
         page[FLAGS] = 0
         vcpu.exit_class = kind
         vcpu.exit_esr = esr
-        self._record(GuestExit(vcpu.handle, vcpu.index, rule.reason, esr & rule.esr, ipa))
+        event = (vcpu.handle, vcpu.index, rule.reason, shown, ipa)
+        self._record(tuple.__new__(GuestExit, event))
+
+    def publish_nothing(self, vcpu: Vcpu, kind: ExitClass) -> None:
+        """Exit to the host with an exit code alone (IRQ, HYP_REQ, ILLEGAL)."""
+        self.publish(vcpu, kind, 0, _NO_STATE)
 
     def request_table_pages(self, vcpu: Vcpu, npages: int) -> None:
         """Exit to the host for table pages."""
         vcpu.page[REQ_TYPE] = HypRequest.MEMCACHE
         vcpu.page[REQ_PAGES] = npages
-        self.publish(vcpu, ExitClass.HYP_REQ)
+        self.publish_nothing(vcpu, ExitClass.HYP_REQ)
 
-    def accept(self, vcpu: Vcpu) -> None:
-        """Take what the class of the last exit lets the host answer; once."""
-        kind = vcpu.exit_class
+    def accept(self, vcpu: Vcpu, kind: int) -> None:
+        """Take what `kind`, the class of the last exit, lets the host answer; once."""
         if kind == ExitClass.IRQ:
             return
         vcpu.exit_class = ExitClass.IRQ

@@ -15,7 +15,7 @@ from pkvm.arm64 import smccc
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, SUCCESS, Function
 from pkvm.arm64.stage2 import PAGE_SIZE
-from pkvm.events import GuestHypercall, Recorder, Refusal
+from pkvm.events import Recorder, Refusal
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.exits import Exits
 from pkvm.hyp.mem_protect import GuestMemory, MemProtect
@@ -29,19 +29,21 @@ Results = tuple[int, int, int, int]
 Service = Callable[[Vcpu, int, int, int], Results | None]
 """(vcpu, X1, X2, X3) -> X0-X3; None: the vCPU exited to the host."""
 
-_FUNCTION_MASK = 0xFFFF_FFFF & ~smccc.SVE_HINT
+FUNCTION_MASK = 0xFFFF_FFFF & ~smccc.SVE_HINT
+"""What counts of X0."""
 _W_MASK = 0xFFFF_FFFF
 _BITMAP_BITS = 32
 _HAS_RANGE = 1
 """HYP_MEMINFO's X1: MEM_SHARE and MEM_UNSHARE take a number of granules."""
-_UNSUPPORTED: Results = (NOT_SUPPORTED, 0, 0, 0)
+UNSUPPORTED: Results = (NOT_SUPPORTED, 0, 0, 0)
+"""The answer to every function id that no service has."""
 _INVALID: Results = (INVALID_PARAMETER, 0, 0, 0)
 _ARCH_FEATURES = frozenset({Function.SMCCC_VERSION, Function.SMCCC_ARCH_FEATURES})
 _NUMBER_MASK = 0xFFFF
 
 
 class GuestCalls:
-    """The services of one CPU's guests; `hvc` is the vector's."""
+    """The services of one CPU's guests, by function id; `vector` calls them."""
 
     def __init__(
         self,
@@ -52,8 +54,6 @@ class GuestCalls:
         policy: Policy,
     ) -> None:
         self._engine = engine
-        self._args = engine.args
-        self._set_results = engine.set_results
         self._mem = mem
         self._exits = exits
         self._record = recorder.record
@@ -65,27 +65,15 @@ class GuestCalls:
             Function.MEM_UNSHARE: self._mem_unshare,
         }
         psci = Psci(engine, exits, recorder, policy)
-        self._services: dict[int, Service] = {
+        self.services: dict[int, Service] = {
             Function.SMCCC_VERSION: self._smccc_version,
             Function.SMCCC_ARCH_FEATURES: self._arch_features,
             Function.VENDOR_UID: self._vendor_uid,
         }
         for function in policy.vendor_calls:
-            self._services[function] = vendor[function]
+            self.services[function] = vendor[function]
         for number, call in psci.table.items():
-            self._services[number] = _as_service(call)
-
-    def hvc(self, vcpu: Vcpu) -> bool:
-        """Serve the HVC that trapped. False: the vCPU exited to the host."""
-        x0, x1, x2, x3 = self._args()
-        function = x0 & _FUNCTION_MASK
-        service = self._services.get(function)
-        results = _UNSUPPORTED if service is None else service(vcpu, x1, x2, x3)
-        if results is None:
-            return False
-        self._set_results(*results)
-        self._record(GuestHypercall(vcpu.handle, vcpu.index, function, results[0]))
-        return True
+            self.services[number] = _as_service(call)
 
     def _smccc_version(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
         return (self._policy.smccc_version, 0, 0, 0)

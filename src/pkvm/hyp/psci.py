@@ -128,4 +128,5 @@ class Psci:
 
     def _exit(self, vcpu: Vcpu, function: Function, kind: ExitClass) -> None:
         vcpu.exit_function = function
-        self._exits.publish(vcpu, kind, self._engine.esr_el2)
+        engine = self._engine
+        self._exits.publish(vcpu, kind, engine.esr_el2, engine.exit_state())

@@ -21,7 +21,7 @@ from pkvm.events import Recorder, Refusal, VmLife
 from pkvm.hyp import reset
 from pkvm.hyp.abi import ExitCode
 from pkvm.hyp.errors import Errno, HypBug, Refused
-from pkvm.hyp.exits import Exits, exit_code
+from pkvm.hyp.exits import ExitClass, Exits, exit_code
 from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.policy import Policy
 from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
@@ -57,8 +57,8 @@ class PhysicalCpu:
         self._midr = engine.read_sysreg(MIDR_EL1)
         self._loaded: Vcpu | None = None
         self._resident: Vcpu | None = None
-        self._hcr = 0
-        """HCR_EL2 as last written."""
+        self._traps_changed = False
+        """Whether HCR_EL2 is not what the loaded vCPU wants, though it is resident."""
         self._running = False
 
     def loaded(self, protected: bool | None = None) -> Vcpu:
@@ -90,7 +90,9 @@ class PhysicalCpu:
         vcpu = vm.vcpus[index]
         assert vcpu is not None
         vcpu.loaded = 1
-        vcpu.wait_traps = hcr & WAIT_TRAPS
+        if vcpu.wait_traps != hcr & WAIT_TRAPS:
+            vcpu.wait_traps = hcr & WAIT_TRAPS
+            self._traps_changed = True
         vm.users += 1
         self._loaded = vcpu
 
@@ -139,22 +141,25 @@ class PhysicalCpu:
         then."""
         if not vcpu.vm.protected:
             return self._enter_nonprotected(vcpu)
-        start = None
-        if vcpu.unusable:
-            return self._cannot_run(vcpu, "unusable", "its last exit was illegal")
-        if vcpu.power == Affinity.ON_PENDING:
-            start = self._start_secondary
-        elif vcpu.power == Affinity.OFF:
-            if vcpu.vm.entered:
-                return self._cannot_run(vcpu, "power", "it is off: only the guest turns it on")
-            if not vcpu.vm.firmware_loaded:
-                return self._cannot_run(vcpu, "firmware", "the VM's firmware is not in place")
-            start = self._start_primary
-        self._switch_to(vcpu)
-        if start is not None:
-            start(vcpu)
+        kind = vcpu.exit_class
+        if kind == ExitClass.ILLEGAL:
+            return self._cannot_run(vcpu, "illegal", "its last exit was illegal")
+        power = vcpu.power
+        if power == Affinity.ON:
+            self._switch_to(vcpu)
+            self._exits.accept(vcpu, kind)
+        elif power == Affinity.ON_PENDING:
+            self._switch_to(vcpu)
+            reset.start_secondary(self._engine, vcpu)
+            self._record(VmLife("vcpu_started", vcpu.handle, vcpu.index))
+        elif vcpu.vm.entered:
+            return self._cannot_run(vcpu, "power", "it is off: only the guest turns it on")
+        elif not vcpu.vm.firmware_loaded:
+            return self._cannot_run(vcpu, "firmware", "the VM's firmware is not in place")
         else:
-            self._exits.accept(vcpu)
+            self._switch_to(vcpu)
+            reset.start_primary(self._engine, vcpu, self._policy)
+            self._record(VmLife("primary", vcpu.handle, vcpu.index))
         return True
 
     def _enter_nonprotected(self, vcpu: Vcpu) -> bool:
@@ -167,22 +172,13 @@ class PhysicalCpu:
         self._record(Refusal("vcpu_run", check, 0, f"vCPU {vcpu.index}: {why}", vcpu.handle))
         return False
 
-    def _start_primary(self, vcpu: Vcpu) -> None:
-        reset.start_primary(self._engine, vcpu, self._policy)
-        self._record(VmLife("primary", vcpu.handle, vcpu.index))
-
-    def _start_secondary(self, vcpu: Vcpu) -> None:
-        reset.start_secondary(self._engine, vcpu)
-        self._record(VmLife("vcpu_started", vcpu.handle, vcpu.index))
-
     def _switch_to(self, vcpu: Vcpu) -> None:
         """Make `vcpu` resident, and program EL2's registers for it."""
         engine = self._engine
-        hcr = hcr_of(vcpu)
         if self._resident is vcpu:
-            if hcr != self._hcr:
-                engine.write_sysreg(HCR_EL2, hcr)
-                self._hcr = hcr
+            if self._traps_changed:
+                engine.write_sysreg(HCR_EL2, hcr_of(vcpu))
+                self._traps_changed = False
             return
         if self._resident is not None:
             engine.save_context(self._resident.pa)
@@ -193,7 +189,7 @@ class PhysicalCpu:
         for register, value in control_registers(vcpu, self._midr):
             engine.write_sysreg(register, value)
         engine.flush_tlb()
-        self._hcr = hcr
+        self._traps_changed = False
         self._resident = vcpu
         self._vector.select(vcpu)
 

@@ -27,8 +27,8 @@ CONTEXT_LIMIT = 0x3C00
 class Vcpu(Area):
     """vCPU `index` of `vm`, in the zeroed area at PA `area_pa`.
 
-    Invariants: `on_requested_by` means something only while `power` is ON_PENDING. A vCPU that
-    is `unusable` never runs again.
+    Invariants: `on_requested_by` means something only while `power` is ON_PENDING. Once
+    `exit_class` is ILLEGAL it stays so, and the vCPU never runs again.
     """
 
     loaded = Word(0x3C00)
@@ -37,29 +37,27 @@ class Vcpu(Area):
     """HCR_EL2.TWI and TWE as the last VCPU_LOAD gave them."""
     started = Word(0x3C10)
     """1 once the vCPU has been reset, so that there is a context."""
-    unusable = Word(0x3C18)
-    """1 after an exit that nobody may handle."""
-    exit_class = Word(0x3C20)
+    exit_class = Word(0x3C18)
     """`exits.ExitClass` of the last exit: what the host's answer may be about."""
-    exit_esr = Word(0x3C28)
+    exit_esr = Word(0x3C20)
     """The last exit's whole ESR_EL2."""
-    exit_far = Word(0x3C30)
+    exit_far = Word(0x3C28)
     """The last exit's whole FAR_EL2."""
-    exit_function = Word(0x3C38)
+    exit_function = Word(0x3C30)
     """SMCCC function id of an exit for a PSCI call."""
-    page_is_current = Word(0x3C40)
+    page_is_current = Word(0x3C38)
     """Non-protected: 1 while the host's page holds the whole state of the vCPU."""
-    power = Word(0x3C48)
+    power = Word(0x3C40)
     """`psci.Affinity`, of a protected vCPU."""
-    entry_pc = Word(0x3C50)
+    entry_pc = Word(0x3C48)
     """Where CPU_ON wants the vCPU to start (a guest address)."""
-    entry_context = Word(0x3C58)
+    entry_context = Word(0x3C50)
     """X0 of that start."""
-    entry_endian = Word(0x3C60)
+    entry_endian = Word(0x3C58)
     """SCTLR_EL1.EE of that start, in place."""
-    on_requested_by = Word(0x3C68)
+    on_requested_by = Word(0x3C60)
     """Index of the vCPU whose CPU_ON waits for this one."""
-    on_target = Word(0x3C70)
+    on_target = Word(0x3C68)
     """Index of the vCPU that the CPU_ON of this one's last exit is about."""
 
     def __init__(

@@ -15,12 +15,11 @@ from collections.abc import Callable
 
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import EC, EC_SHIFT, ISV, SYS64_READ, WNR
-from pkvm.arm64.registers import PSTATE_NRW
 from pkvm.arm64.smccc import NOT_SUPPORTED
 from pkvm.events import GuestHypercall, GuestTrap, Recorder, Refusal
 from pkvm.hyp import inject
 from pkvm.hyp.exits import ExitClass, Exits
-from pkvm.hyp.guest_calls import GuestCalls
+from pkvm.hyp.guest_calls import FUNCTION_MASK, UNSUPPORTED, GuestCalls
 from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.sysregs import SystemRegisters, Verdict
 from pkvm.hyp.vcpu import Vcpu
@@ -49,12 +48,9 @@ class Vector:
         self._calls = calls
         self._sysregs = sysregs
         self._record = recorder.record
-        self._vcpu: Vcpu | None = None
-        self._handlers: list[Handler] = []
         self._protected = _table(
             self._unhandled,
             {
-                EC.HVC64: self._hvc,
                 EC.SMC64: self._smc,
                 EC.SYS64: self._sys64,
                 EC.WFX: self._wfx,
@@ -66,32 +62,58 @@ class Vector:
             },
         )
         self._open = _table(self._to_host, {EC.SYS64: self._sys64_open})
-        engine.vector = self.take
 
     def select(self, vcpu: Vcpu) -> None:
         """The exceptions to come are `vcpu`'s."""
-        self._vcpu = vcpu
-        self._handlers = self._protected if vcpu.vm.protected else self._open
+        engine = self._engine
+        if vcpu.vm.protected:
+            engine.vector = self._make_protected_vector(vcpu)
+            return
+        handlers = self._open
 
-    def take(self) -> bool:
-        """The engine calls this for each exception; see `CpuEngine.vector`."""
-        assert self._vcpu is not None
-        esr = self._engine.esr_el2
-        return self._handlers[esr >> EC_SHIFT](self._vcpu, esr)
+        def vector() -> bool:
+            esr = engine.esr_el2
+            return handlers[esr >> EC_SHIFT](vcpu, esr)
+
+        engine.vector = vector
+
+    def _make_protected_vector(self, vcpu: Vcpu) -> Callable[[], bool]:
+        """The vector while the protected `vcpu` is on the CPU. Hypercalls are what guests pay for
+        most: they are served right here, with everything at hand, and their event is made as a
+        tuple is, since `GuestHypercall(...)` is one more Python call."""
+        engine, x = self._engine, self._engine.x
+        handlers = self._protected
+        find, record = self._calls.services.get, self._record
+        handle, index = vcpu.handle, vcpu.index
+        event, make = GuestHypercall, tuple.__new__
+        hvc64 = int(EC.HVC64)
+
+        def vector() -> bool:
+            esr = engine.esr_el2
+            ec = esr >> EC_SHIFT
+            if ec != hvc64:
+                return handlers[ec](vcpu, esr)
+            function = x[0] & FUNCTION_MASK
+            service = find(function)
+            results = UNSUPPORTED if service is None else service(vcpu, x[1], x[2], x[3])
+            if results is None:
+                return False
+            x[0], x[1], x[2], x[3] = results
+            record(make(event, (handle, index, function, results[0])))
+            return True
+
+        return vector
 
     def interrupted(self, vcpu: Vcpu) -> None:
         """The engine came back for an interrupt, or its slice was over."""
         if not vcpu.vm.protected:
             self._nonprotected.exit_irq(vcpu)
         elif self._is_aarch32():
-            self._drop(vcpu, 0, "the guest is in AArch32 state")
+            self._drop(vcpu, "the guest is in AArch32 state")
         else:
-            self._exits.publish(vcpu, ExitClass.IRQ)
+            self._exits.publish_nothing(vcpu, ExitClass.IRQ)
 
     # Protected
-
-    def _hvc(self, vcpu: Vcpu, esr: int) -> bool:
-        return self._calls.hvc(vcpu)
 
     def _smc(self, vcpu: Vcpu, esr: int) -> bool:
         """Nothing below EL2 may call EL3; the PC is still at the SMC."""
@@ -107,10 +129,7 @@ class Vector:
         verdict = self._sysregs.access(esr)
         if verdict is Verdict.HOST:
             read = esr & SYS64_READ
-            self._exits.publish(
-                vcpu, ExitClass.SYSREG_READ if read else ExitClass.SYSREG_WRITE, esr
-            )
-            return False
+            return self._exit(vcpu, ExitClass.SYSREG_READ if read else ExitClass.SYSREG_WRITE, esr)
         if verdict is Verdict.UNDEFINED:
             inject.undefined(self._engine)
         self._record(GuestTrap(vcpu.handle, vcpu.index, verdict.value, esr))
@@ -131,31 +150,31 @@ class Vector:
         """An instruction that the guest's ID registers do not have. Some CPUs give a trapped one
         EC 0 (unknown reason)."""
         if self._is_aarch32():
-            return self._drop(vcpu, esr, "the guest is in AArch32 state")
+            return self._drop(vcpu, "the guest is in AArch32 state")
         inject.undefined(self._engine)
         self._record(GuestTrap(vcpu.handle, vcpu.index, "undef", esr))
         return True
 
     def _unhandled(self, vcpu: Vcpu, esr: int) -> bool:
         if self._is_aarch32():
-            return self._drop(vcpu, esr, "the guest is in AArch32 state")
-        return self._drop(vcpu, esr, f"exception class {esr >> EC_SHIFT:#x} has no handler")
+            return self._drop(vcpu, "the guest is in AArch32 state")
+        return self._drop(vcpu, f"exception class {esr >> EC_SHIFT:#x} has no handler")
 
     def _exit(self, vcpu: Vcpu, kind: ExitClass, esr: int) -> bool:
-        if self._is_aarch32():
-            return self._drop(vcpu, esr, "the guest is in AArch32 state")
-        self._exits.publish(vcpu, kind, esr)
+        state = self._engine.exit_state()
+        if not state[1]:
+            return self._drop(vcpu, "the guest is in AArch32 state")
+        self._exits.publish(vcpu, kind, esr, state)
         return False
 
-    def _drop(self, vcpu: Vcpu, esr: int, why: str) -> bool:
+    def _drop(self, vcpu: Vcpu, why: str) -> bool:
         """The vCPU never runs again."""
-        vcpu.unusable = 1
-        self._exits.publish(vcpu, ExitClass.ILLEGAL, esr)
+        self._exits.publish_nothing(vcpu, ExitClass.ILLEGAL)
         self._record(Refusal("vcpu_run", "exit_class", 0, why, vcpu.handle))
         return False
 
-    def _is_aarch32(self) -> int:
-        return self._engine.pstate & PSTATE_NRW
+    def _is_aarch32(self) -> bool:
+        return not self._engine.exit_state()[1]
 
     # Non-protected
 
