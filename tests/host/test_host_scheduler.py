@@ -111,7 +111,7 @@ def test_a_thread_that_wants_the_kernel_interrupts_a_guest_only_in_real_time() -
         sched.breathe(runner)
         harness.join()
         assert not harness.interrupts.acquire(blocking=False)
-        assert sched.has_turn(runner)
+        assert sched.turn is runner
         sched.end(runner, keep_turn=False)
         sched.lock.leave()
 
@@ -127,7 +127,7 @@ def take_turns(harness: Harness, count: int, rounds: int, advance: Callable[[], 
         sched.lock.enter()
         sched.begin(runner)
         for _ in range(rounds):
-            if not sched.has_turn(runner):
+            if sched.turn is not runner:
                 sched.take_turn(runner)
             order.append(number)
             advance()
@@ -184,7 +184,7 @@ def test_the_slice_goes_on_across_exits_and_each_takes_its_share() -> None:
         sched.leave_guest()
         sched.end(runner, keep_turn=True)
         sched.begin(runner)
-        assert sched.has_turn(runner)
+        assert sched.turn is runner
 
 
 def other_gets_turn(harness: Harness, runner: Runner) -> threading.Event:
@@ -221,7 +221,7 @@ def test_virtual_a_baton_holds_until_its_thread_is_back_and_done() -> None:
     assert not got.wait(0.2)
     sched.lock.enter()
     sched.begin(runner)
-    assert sched.has_turn(runner)
+    assert sched.turn is runner
     sched.end(runner, keep_turn=False)
     sched.lock.leave()
     harness.join()
@@ -249,7 +249,7 @@ def test_virtual_a_baton_is_lost_when_its_thread_runs_another_vcpu() -> None:
     sched, first, second = harness.sched, Runner(), Runner()
     leave_with_baton(sched, first)
     leave_with_baton(sched, second)
-    assert sched.has_turn(second)
+    assert sched.turn is second
 
 
 def test_real_a_baton_is_good_until_the_slice_ends() -> None:
@@ -287,7 +287,7 @@ def test_real_a_waiting_vcpu_interrupts_when_the_slice_is_over() -> None:
     assert harness.interrupts.acquire(timeout=TIMEOUT_S)
     sched.leave_guest()
     sched.breathe(runner)
-    assert not sched.has_turn(runner)
+    assert sched.turn is not runner
     sched.end(runner, keep_turn=False)
     sched.lock.leave()
     harness.join()
@@ -362,7 +362,7 @@ def test_a_vcpu_that_waits_for_its_turn_is_kicked_out() -> None:
     sched.kick(runner)
     harness.join()
     assert log == ["kicked"]
-    assert sched.has_turn(holder)
+    assert sched.turn is holder
     assert runner not in sched._queue
 
 
@@ -391,9 +391,9 @@ def test_virtual_a_woken_vcpu_without_a_thread_is_awaited_for_the_grace_only() -
     sched.wake(absent)
     harness.cpu.blocks += SLICE_BLOCKS
     sched.breathe(runner)
-    assert sched.has_turn(absent), "its turn has come"
+    assert sched.turn is absent, "its turn has come"
     sched.take_turn(runner)
-    assert sched.has_turn(runner), "nobody came for it"
+    assert sched.turn is runner, "nobody came for it"
     sched.end(runner, keep_turn=False)
     sched.lock.leave()
 
@@ -412,7 +412,7 @@ def test_virtual_a_woken_vcpus_thread_that_comes_in_time_has_its_turn() -> None:
     def body() -> None:
         sched.lock.enter()
         sched.begin(late)
-        assert sched.has_turn(late)
+        assert sched.turn is late
         order.append("late")
         sched.end(late, keep_turn=False)
         sched.lock.leave()

@@ -223,7 +223,7 @@ class VcpuFile:
         vcpu = self.vcpu
         vcpu.references += 1
         try:
-            if not vcpu.mutex.acquire(blocking=False):
+            if not vcpu.mutex.acquire(False):
                 self._wait_for_mutex()
             try:
                 if request == _RUN:

@@ -77,6 +77,7 @@ class MemSlots:
         self._slots: dict[int, Slot] = {}
         self._sorted: list[Slot] = []
         self._starts: list[int] = []
+        self._ends: list[int] = []
 
     def __iter__(self) -> Iterator[Slot]:
         """The slots, by IPA."""
@@ -92,7 +93,7 @@ class MemSlots:
     def at(self, ipa: int) -> Slot | None:
         """The slot that holds an IPA."""
         index = bisect_right(self._starts, ipa) - 1
-        if index >= 0 and ipa < self._sorted[index].end:
+        if index >= 0 and ipa < self._ends[index]:
             return self._sorted[index]
         return None
 
@@ -146,6 +147,7 @@ class MemSlots:
             self._slots[plan.new.number] = plan.new
         self._sorted = sorted(self._slots.values(), key=lambda slot: slot.ipa)
         self._starts = [slot.ipa for slot in self._sorted]
+        self._ends = [slot.end for slot in self._sorted]
 
 
 def _invalid(words: str) -> OSError:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 
 from pkvm.host import exits
-from pkvm.host.host import Host
 from pkvm.host.scheduler import KickedError, Runner, Scheduler
 from pkvm.host.vcpu import Vcpu
 from pkvm.hyp.abi import HOST_CALL_BASE, ExitCode, HostCall
@@ -49,12 +48,11 @@ def kvm_run(vcpu: Vcpu) -> None:
         vcpu.exit_with(ExitReason.INTR)
         raise OSError(errno.EINTR, "immediate_exit is set")
     run[_EXIT_REASON] = _UNKNOWN
-    host = vm.host
-    sched = host.sched
+    sched = vm.host.sched
     runner = vcpu.runner
     sched.begin(runner)
     try:
-        while not _enter(vcpu, host, sched, runner):
+        while not _enter(vcpu, sched, runner):
             sched.breathe(runner)
     except KickedError:
         vcpu.exit_with(ExitReason.INTR)
@@ -63,7 +61,7 @@ def kvm_run(vcpu: Vcpu) -> None:
         sched.end(runner, keep_turn=vcpu.mmio is not None)
 
 
-def _enter(vcpu: Vcpu, host: Host, sched: Scheduler, runner: Runner) -> bool:
+def _enter(vcpu: Vcpu, sched: Scheduler, runner: Runner) -> bool:
     """Run the guest once, as soon as it may run, and serve its exit; True if that is for the VMM.
     Raises KickedError, OSError."""
     if runner.kicked:
@@ -71,14 +69,15 @@ def _enter(vcpu: Vcpu, host: Host, sched: Scheduler, runner: Runner) -> bool:
     if vcpu.mp_state is _STOPPED:
         sched.sleep(runner)
         return False
-    if not sched.has_turn(runner):
+    if sched.turn is not runner:
         sched.take_turn(runner)
         return False
+    vm = vcpu.vm
+    host = vm.host
     if host.loaded is not vcpu:
         _load(vcpu)
     if not sched.enter_guest(runner):
         return False
-    vm = vcpu.vm
     if vm.primary is None and vm.protected:
         vm.primary = vcpu
     try:

@@ -111,7 +111,8 @@ class Scheduler:
         self.lock = KernelLock(self.want_kernel)
         self._mutex = threading.RLock()
         self._changed = threading.Condition(self._mutex)
-        self._turn: Runner | None = None
+        self.turn: Runner | None = None
+        """Whose turn it is; for others to read."""
         self._slice_end = 0
         """When the turn's slice is over: nanoseconds of the real clock, or blocks."""
         self._queue: deque[Runner] = deque()
@@ -129,24 +130,24 @@ class Scheduler:
         """A KVM_RUN of `runner` starts; the kernel lock is held."""
         runner.kicked = False
         runner.in_run = True
-        if self._turn is runner:
+        if self.turn is runner:
             runner.thread = None
             return
         with self._mutex:
-            carrier = self._turn.thread if self._turn is not None else None
+            carrier = self.turn.thread if self.turn is not None else None
             if carrier is not None and carrier is threading.current_thread():
                 self._pass_turn()
 
     def end(self, runner: Runner, *, keep_turn: bool) -> None:
         """The KVM_RUN ends; `keep_turn` if the VMM will come back with an answer."""
-        if keep_turn and self._turn is runner:
+        if keep_turn and self.turn is runner:
             runner.thread = threading.current_thread()
             runner.in_run = False
             return
         with self._mutex:
             runner.in_run = False
             runner.asleep = False
-            if self._turn is runner:
+            if self.turn is runner:
                 self._pass_turn()
             else:
                 self._drop(runner)
@@ -156,7 +157,7 @@ class Scheduler:
         with self._mutex:
             if runner.in_run:
                 self.kick(runner)
-            elif self._turn is runner:
+            elif self.turn is runner:
                 self._pass_turn()
             else:
                 self._drop(runner)
@@ -190,18 +191,14 @@ class Scheduler:
         if self._counter is not None:
             self._slice_end -= EXIT_BLOCKS
 
-    def has_turn(self, runner: Runner) -> bool:
-        """Whether the turn is `runner`'s, whose KVM_RUN is under way."""
-        return self._turn is runner
-
     def take_turn(self, runner: Runner) -> None:
         """Wait until it is `runner`'s turn. Called and left with the kernel lock held, which is
         released meanwhile. Raises KickedError."""
         with self._mutex:
-            if self._turn is None and not self._queue:
+            if self.turn is None and not self._queue:
                 self._start_turn(runner)
                 return
-            if runner is not self._turn and runner not in self._queue:
+            if runner is not self.turn and runner not in self._queue:
                 self._queue.append(runner)
         self.lock.leave()
         try:
@@ -215,7 +212,7 @@ class Scheduler:
         is released meanwhile. Raises KickedError."""
         with self._mutex:
             runner.asleep = True
-            if self._turn is runner:
+            if self.turn is runner:
                 self._pass_turn()
             else:
                 self._drop(runner)
@@ -233,16 +230,16 @@ class Scheduler:
         """End `runner`'s sleep; it waits for its turn from now on. Called with the kernel lock."""
         with self._mutex:
             runner.asleep = False
-            known = self._turn is runner or runner in self._queue
+            known = self.turn is runner or runner in self._queue
             if not known and (runner.in_run or self._virtual):
                 self._queue.append(runner)
-                if self._turn is None:
+                if self.turn is None:
                     self._pass_turn()
             self._changed.notify_all()
 
     def yield_turn(self, runner: Runner) -> None:
         """End `runner`'s slice: `breathe` passes the turn on if another vCPU waits."""
-        if self._turn is runner:
+        if self.turn is runner:
             self._slice_end = self._now()
 
     def breathe(self, runner: Runner) -> None:
@@ -251,7 +248,7 @@ class Scheduler:
         if self.lock.waiting:
             self.lock.leave()
             self.lock.enter()
-        if self._turn is runner and self._now() >= self._slice_end:
+        if self.turn is runner and self._now() >= self._slice_end:
             with self._mutex:
                 if self._queue:
                     self._queue.append(runner)
@@ -266,15 +263,15 @@ class Scheduler:
         return self._clock.now_ns() if self._counter is None else self._counter.blocks
 
     def _start_turn(self, runner: Runner) -> None:
-        self._turn = runner
+        self.turn = runner
         self._slice_end = self._now() + self._slice
         runner.awaited_until = time.monotonic() + self._grace_s
 
     def _pass_turn(self) -> None:
         """End the turn; the longest-waiting vCPU is next."""
-        if self._turn is not None:
-            self._turn.thread = None
-            self._turn = None
+        if self.turn is not None:
+            self.turn.thread = None
+            self.turn = None
         if self._queue:
             self._start_turn(self._queue.popleft())
             self._changed.notify_all()
@@ -284,11 +281,11 @@ class Scheduler:
             self._queue.remove(runner)
 
     def _await_turn(self, runner: Runner) -> None:
-        while self._turn is not runner:
+        while self.turn is not runner:
             if runner.kicked:
                 self._drop(runner)
                 raise KickedError
-            holder = self._turn
+            holder = self.turn
             if holder is None or self._may_lose_turn(holder):
                 self._pass_turn()
                 continue

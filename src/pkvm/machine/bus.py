@@ -161,6 +161,14 @@ class Bus:
     def read(self, ipa: int, length: int) -> bytes:
         """Load `length` bytes. Raises Stage2Fault where refused, BusError where nothing answers,
         ValueError for a negative length. A device answers 1, 2, 4 or 8 bytes."""
+        if 0 < length <= PAGE_SIZE - (ipa & PAGE_MASK):
+            # What is read most: part of one page of RAM whose translation is cached.
+            with self._lock:
+                delta = self._loads.pages.get(ipa >> 12)
+                if delta is not None:
+                    data = self._memory.read_ram(ipa + delta, length)
+                    if data:
+                        return data
         if length < 0:
             raise ValueError(f"cannot read {length} bytes")
         parts: list[bytes] = []

@@ -111,6 +111,13 @@ class PhysicalMemory:
                 break
         raise BusError(pa, length)
 
+    def read_ram(self, pa: int, length: int) -> bytes:
+        """`length` bytes of RAM at PA `pa`, or none if that is not wholly RAM."""
+        start = pa - self.ram_base
+        if start < 0 or pa + length > self.ram_end:
+            return b""
+        return self._bytes[start : start + length].tobytes()
+
     def read(self, pa: int, length: int) -> bytes:
         """`length` bytes at PA `pa`. A device is read by 1, 2, 4 or 8 bytes. Raises BusError."""
         if self.is_ram(pa, length):
