@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -15,8 +14,6 @@ from hypothesis import strategies as st
 
 from pkvm import fdt
 from pkvm.fdt import FdtError, Node, Tree
-
-needs_dtc = pytest.mark.skipif(shutil.which("dtc") is None, reason="dtc is not installed")
 
 names = st.text("abcdefghijklmnopqrstuvwxyz0123456789,._+-", min_size=1, max_size=12)
 u64 = st.integers(0, 2**64 - 1)
@@ -84,7 +81,6 @@ def test_what_is_built_is_parsed(tree: Tree, padding: int) -> None:
     assert int.from_bytes(blob[4:8], "big") == len(blob)
 
 
-@needs_dtc
 def test_dtc_reads_what_is_built_and_we_read_what_dtc_writes() -> None:
     tree = sample()
     source, complaints = dtc(fdt.build(tree), "dts")

@@ -28,6 +28,8 @@ from pkvm.machine.memory import BusError
 from pkvm.machine.stage2 import Stage2Context, Stage2Fault
 from pkvm.trace.counting import CountingRecorder
 
+ClockName = Literal["real", "virtual"]
+
 DEFAULT_MEMORY = 256 << 20
 """Bytes of RAM of the machine: what the host, its VMs and EL2 share."""
 
@@ -51,7 +53,7 @@ class System:
         protected: bool = True,
         firmware: bytes | None = None,
         host_dtb: bytes | None = None,
-        clock: Literal["real", "virtual"] = "real",
+        clock: ClockName = "real",
         cpu_model: str = "cortex-a72",
         recorder: Recorder | None = None,
         misalign: bool = False,
@@ -176,22 +178,20 @@ class Options(TypedDict, total=False):
     protected: bool
     firmware: bytes | None
     host_dtb: bytes | None
-    clock: Literal["real", "virtual"]
+    clock: ClockName
     cpu_model: str
     recorder: Recorder | None
     misalign: bool
 
 
 def open(backend: str = "model", **options: Unpack[Options]) -> Kvm:
-    """Open KVM: on a machine of its own ("model"), or on a kernel's device ("/dev/kvm").
+    """Open KVM on a machine of its own.
 
     `options` are those of `System`; the machine ends when the returned `Kvm` is closed, and every
-    VM on it. Raises NotImplementedError for a device path: that back-end is not there yet.
+    VM on it. Raises ValueError for any other back-end, and what `System` raises.
     """
     if backend != "model":
-        raise NotImplementedError(
-            f'the back-end {backend!r} is not there yet; use the built-in machine ("model")'
-        )
+        raise ValueError(f'there is no back-end {backend!r}; use the built-in machine, "model"')
     system = System(**options)
     return Kvm(system.kernel, on_close=system.close)
 

@@ -29,7 +29,7 @@ from fakes.contract_rig import (
     running_system,
 )
 from pkvm import fdt, guests
-from pkvm.events import Message
+from pkvm.events import Event, Message
 from pkvm.firmware.host_tree import FIRMWARE_COMPATIBLE
 from pkvm.guests.agent import AgentExitError
 from pkvm.guests.protocol import Boot, Info, Op
@@ -440,10 +440,10 @@ class Messages(CountingRecorder):
         super().__init__()
         self.lines: list[str] = []
 
-    def record(self, event: object, /) -> None:
+    def record(self, event: Event, /) -> None:
         if isinstance(event, Message):
             self.lines.append(event.text)
-        super().record(event)  # type: ignore[arg-type]
+        super().record(event)
 
 
 def test_the_firmware_comes_from_the_reserved_memory_node() -> None:
@@ -546,7 +546,8 @@ def test_system_off_ends_the_run(a: Rig) -> None:
     agent = a.protected_agent()
     with pytest.raises(AgentExitError) as ended:
         agent.hvc(SYSTEM_OFF)
-    assert ended.value.exit == SystemEvent("shutdown", ended.value.exit.data)  # type: ignore[attr-defined]
+    assert isinstance(ended.value.exit, SystemEvent)
+    assert ended.value.exit.kind == "shutdown"
 
 
 def test_255_vms_then_enomem() -> None:

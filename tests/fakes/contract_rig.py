@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Unpack
 
 from pkvm import guests
 from pkvm.check.invariants import check
 from pkvm.guests.agent import Agent
 from pkvm.kvm import Kvm, Vcpu, Vm
 from pkvm.kvm.kernel import Memory
-from pkvm.system import System
+from pkvm.system import Options, System
 from pkvm.uapi import kvm as uapi
 
 RAM_SLOT, FIRMWARE_SLOT = 0, 1
@@ -59,10 +60,11 @@ class Rig:
 
 
 @contextmanager
-def running_system(**options: object) -> Iterator[System]:
+def running_system(**options: Unpack[Options]) -> Iterator[System]:
     """A system that is checked at its end: invariants hold and every page is the host's again."""
-    settings: dict[str, object] = {"memory": MACHINE_BYTES, "firmware": guests.image("agent")}
-    with System(**(settings | options)) as system:  # type: ignore[arg-type]
+    options.setdefault("memory", MACHINE_BYTES)
+    options.setdefault("firmware", guests.image("agent"))
+    with System(**options) as system:
         before = system.census()
         free = system.host.free_pages
         yield system
@@ -74,7 +76,7 @@ def running_system(**options: object) -> Iterator[System]:
 
 
 @contextmanager
-def rig(**options: object) -> Iterator[Rig]:
+def rig(**options: Unpack[Options]) -> Iterator[Rig]:
     """A `Rig` on a system of its own."""
     with running_system(**options) as system, ExitStack() as stack:
         kvm = stack.enter_context(system.open())

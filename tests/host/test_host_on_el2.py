@@ -17,7 +17,7 @@ from pkvm.check.invariants import check
 from pkvm.guests.agent import Agent, MmioExit
 from pkvm.kvm import Vcpu
 from pkvm.kvm.kernel import Memory, RunPage
-from pkvm.system import System
+from pkvm.system import ClockName, System
 from pkvm.uapi import kvm as uapi
 from pkvm.vmm.board import Board
 from pkvm.vmm.loader import load_image
@@ -57,7 +57,7 @@ def spinning(made: Rig, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("clock", ["real", "virtual"])
-def test_vcpus_share_the_cpu_and_other_threads_get_in(clock: str) -> None:
+def test_vcpus_share_the_cpu_and_other_threads_get_in(clock: ClockName) -> None:
     with rig(clock=clock) as made:
         kernel = made.system.kernel
         fds = spinning(made, 3)
@@ -79,7 +79,7 @@ def test_vcpus_share_the_cpu_and_other_threads_get_in(clock: str) -> None:
 
 @pytest.mark.parametrize("protected", [True, False])
 @pytest.mark.parametrize("clock", ["real", "virtual"])
-def test_everything_closed_in_the_middle_of_runs(clock: str, protected: bool) -> None:
+def test_everything_closed_in_the_middle_of_runs(clock: ClockName, protected: bool) -> None:
     with running_system(clock=clock, firmware=SPIN) as system, system.open() as kvm:
         vm = kvm.create_vm()
         ram, firmware = kvm.mmap(RAM_BYTES), kvm.mmap(BLOCK)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import pytest
@@ -40,7 +39,6 @@ def test_the_tree_describes_the_board() -> None:
     assert config.u64("kernel-entry") == 0x4020_0040
 
 
-@pytest.mark.skipif(shutil.which("dtc") is None, reason="dtc is not installed")
 @pytest.mark.parametrize("cpus", [1, 8])
 def test_dtc_finds_no_fault(cpus: int) -> None:
     blob = build_device_tree(Board(cpus=cpus, command_line="a b"), IMAGE)
