@@ -290,14 +290,10 @@ class Guest:
     def load(self, index: int = 0, hcr: int = 3 << 13) -> None:
         self.el2.call(HostCall.VCPU_LOAD, self.handle, index, hcr)
 
-    def run(self, index: int = 0, *, flags: int = 0, x0: int | None = None) -> ExitCode:
-        """Load, run until an exit, put. Table pages that EL2 asks for it gets."""
-        if x0 is not None:
-            self.set(HostVcpu.X, x0, index)
-        if flags:
-            self.set(HostVcpu.FLAGS, flags, index)
+    def run(self, index: int = 0, *, flags: int = 0, x0: int = 0) -> ExitCode:
+        """Load, run with the host's answer until an exit, put."""
         self.load(index)
-        code = ExitCode(self.el2.call(HostCall.VCPU_RUN))
+        code = ExitCode(self.el2.call(HostCall.VCPU_RUN, flags, x0))
         self.el2.call(HostCall.VCPU_PUT)
         return code
 

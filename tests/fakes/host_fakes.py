@@ -104,6 +104,9 @@ class FakeVcpu:
         self.el2 = el2
         self.page = page
         self.code = guest(self)
+        self.flags = 0
+        self.x0 = 0
+        """The host's answer: the arguments of the VCPU_RUN under way."""
 
     def read(self, offset: int) -> int:
         return self.el2.bus.read_u64(self.page + offset)
@@ -115,10 +118,9 @@ class FakeVcpu:
             self.el2.bus.write_u64(self.page + offset, value & MASK64)
         return ExitCode.TRAP
 
-    def run(self) -> int:
-        code = next(self.code, ExitCode.ILLEGAL)
-        self.el2.bus.write_u64(self.page + HostVcpu.FLAGS, 0)
-        return code
+    def run(self, flags: int, x0: int) -> int:
+        self.flags, self.x0 = flags, x0
+        return next(self.code, ExitCode.ILLEGAL)
 
 
 class FakeVm:
@@ -275,8 +277,8 @@ class FakeEl2:
     def _vcpu_sync_state(self) -> int:
         return 0
 
-    def _vcpu_run(self) -> int:
-        return -errno.EINVAL if self.loaded is None else self.loaded.run()
+    def _vcpu_run(self, flags: int, x0: int) -> int:
+        return -errno.EINVAL if self.loaded is None else self.loaded.run(flags, x0)
 
     def _start_teardown_vm(self, handle: int) -> int:
         if self.loaded is not None and self.loaded in self.vms[handle].vcpus.values():

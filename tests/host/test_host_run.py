@@ -24,7 +24,7 @@ def test_an_mmio_store_comes_out_and_the_next_run_steps_over_it() -> None:
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         yield vcpu.publish(x0=0x1122_3344_5566_7788, **dabt(DEVICE + 0x18, 1, write=True))
-        seen.append(vcpu.read(HostVcpu.FLAGS))
+        seen.append(vcpu.flags)
         yield vcpu.publish(x0=0x41, **dabt(DEVICE, 0, write=True))
 
     machine = Machine(guest)
@@ -41,7 +41,7 @@ def test_an_mmio_load_gives_el2_the_zero_extended_data() -> None:
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         yield vcpu.publish(**dabt(DEVICE, 1))
-        seen.extend((vcpu.read(HostVcpu.FLAGS), vcpu.read(HostVcpu.X)))
+        seen.extend((vcpu.flags, vcpu.x0))
         yield ExitCode.ILLEGAL
 
     machine = Machine(guest)
@@ -61,7 +61,7 @@ def test_a_big_endian_guests_bytes_are_in_bus_order(pstate: int, endian: int, bi
         more = {"pstate": pstate, "sctlr_ee": endian}
         yield vcpu.publish(x0=0x0102_0304, **more, **dabt(DEVICE, 2, write=True))
         yield vcpu.publish(**more, **dabt(DEVICE, 2))
-        assert vcpu.read(HostVcpu.X) == 0x0A0B_0C0D
+        assert vcpu.x0 == 0x0A0B_0C0D
 
     machine = Machine(guest)
     machine.run()
@@ -85,9 +85,9 @@ def test_a_non_protected_load_fills_its_register(more: int, answer: bytes, expec
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         yield vcpu.publish(x7=5, **dabt(DEVICE, 1, more=more | 7 << SRT_SHIFT))
-        seen.extend((vcpu.read(HostVcpu.X + 56), vcpu.read(HostVcpu.FLAGS)))
+        seen.extend((vcpu.read(HostVcpu.X + 56), vcpu.flags))
         yield vcpu.publish(x0=3, **dabt(DEVICE, 1, more=31 << SRT_SHIFT))
-        seen.extend((vcpu.read(HostVcpu.X), vcpu.read(HostVcpu.FLAGS)))
+        seen.extend((vcpu.read(HostVcpu.X), vcpu.flags))
         yield vcpu.publish(x9=0x77, **dabt(DEVICE, 0, write=True, more=9 << SRT_SHIFT))
         yield vcpu.publish(x9=0x77, **dabt(DEVICE, 3, write=True, more=31 << SRT_SHIFT))
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_emulated_is_an_external_abort(protected: bool) -> None:
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         for one in exits:
             yield vcpu.publish(**one)
-            seen.append(vcpu.read(HostVcpu.FLAGS) & ~VcpuFlag.DIRTY)
+            seen.append(vcpu.flags & ~VcpuFlag.DIRTY)
 
     machine = Machine(guest, protected=protected)
     assert errno_of(machine.run) == EINVAL
@@ -128,7 +128,7 @@ def test_immediate_exit_finishes_the_mmio_first() -> None:
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         yield vcpu.publish(**dabt(DEVICE, 0))
-        seen.append(vcpu.read(HostVcpu.X))
+        seen.append(vcpu.x0)
 
     machine = Machine(guest)
     machine.run()
@@ -253,9 +253,9 @@ def test_trapped_system_registers_are_undefined() -> None:
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         yield vcpu.publish(esr=EC.SYS64 << EC_SHIFT | IL)
-        seen.append(vcpu.read(HostVcpu.FLAGS))
+        seen.append(vcpu.flags)
         yield vcpu.publish(esr=EC.SVE << EC_SHIFT | IL)
-        seen.append(vcpu.read(HostVcpu.FLAGS))
+        seen.append(vcpu.flags)
 
     machine = Machine(guest)
     assert errno_of(machine.run) == EINVAL
@@ -332,7 +332,7 @@ def test_wfi_waits_for_a_kick_and_is_over_then() -> None:
 def test_wfe_goes_on() -> None:
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         yield vcpu.publish(esr=EC.WFX << EC_SHIFT | IL | 1)
-        assert vcpu.read(HostVcpu.FLAGS) == VcpuFlag.INCREMENT_PC
+        assert vcpu.flags == VcpuFlag.INCREMENT_PC
         yield vcpu.publish(**dabt(DEVICE, 0))
 
     assert Machine(guest).run() == uapi.ExitReason.MMIO
@@ -436,10 +436,10 @@ def test_guest_registers_reach_the_page_of_a_non_protected_vcpu() -> None:
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         seen.append(vcpu.read(HostVcpu.X + 8 * 5))
-        seen.append(vcpu.read(HostVcpu.FLAGS))
+        seen.append(vcpu.flags)
         yield vcpu.publish(**dabt(DEVICE, 0))
         seen.append(vcpu.read(HostVcpu.X + 8 * 5))
-        seen.append(vcpu.read(HostVcpu.FLAGS))
+        seen.append(vcpu.flags)
 
     machine = Machine(guest, protected=False)
     fd = machine.vcpus[0]

@@ -103,7 +103,6 @@ def test_the_host_answers_a_load(el2: El2) -> None:
     assert guest.ec() == 0x16
     assert guest.x(3) == 0xABCD
     assert guest.word(HostVcpu.PC) == RAM_IPA + 8
-    assert guest.word(HostVcpu.FLAGS) == 0
 
 
 def test_without_dirty_the_page_does_not_count(el2: El2) -> None:
@@ -142,10 +141,8 @@ def test_the_host_cannot_choose_a_mode_that_is_not_the_guests(
         guest.run()
     guest.set(HostVcpu.PSTATE, 0x3C0 | mode)
     before = el2.bus.read(guest.vcpus[0], PAGE)
-    guest.set(HostVcpu.FLAGS, DIRTY)
     assert guest.run(flags=DIRTY) == ExitCode.ILLEGAL
     assert el2.refusals()[-1].check == "pstate"
-    guest.set(HostVcpu.FLAGS, 0)
     assert el2.bus.read(guest.vcpus[0], PAGE) == before
     guest.set(HostVcpu.PSTATE, r.PSTATE_RESET)
     assert guest.run(flags=DIRTY) == ExitCode.TRAP
@@ -155,9 +152,8 @@ def test_a_page_of_noise_is_survived(el2: El2) -> None:
     guest = guest_of(el2, a64.HVC)
     el2.bus.write(guest.vcpus[0], b"\xff" * PAGE)
     guest.set(HostVcpu.PSTATE, 0xFFFF_FFFF_FFFF_FFE5)
-    guest.set(HostVcpu.FLAGS, DIRTY)
     el2.engine.interrupt()
-    assert guest.run() in (ExitCode.IRQ, ExitCode.TRAP)
+    assert guest.run(flags=DIRTY) in (ExitCode.IRQ, ExitCode.TRAP)
     el2.sound()
 
 
@@ -167,11 +163,11 @@ def test_an_interrupt_leaves_the_page_until_it_is_asked_for(el2: El2) -> None:
     el2.engine.interrupt()
     guest.set(HostVcpu.X + 8 * 3, 0x1111)
     assert el2.call(HostCall.VCPU_RUN) == ExitCode.IRQ
-    before = el2.bus.read(guest.vcpus[0], HostVcpu.FLAGS)
+    before = el2.bus.read(guest.vcpus[0], HostVcpu.VCPU_ID)
     el2.engine.interrupt()
     el2.engine.x[3] = 0x2222
     el2.call(HostCall.VCPU_RUN)
-    assert el2.bus.read(guest.vcpus[0], HostVcpu.FLAGS) == before
+    assert el2.bus.read(guest.vcpus[0], HostVcpu.VCPU_ID) == before
     el2.call(HostCall.VCPU_SYNC_STATE)
     assert guest.x(3) == 0x2222
     assert guest.word(HostVcpu.PC) == RAM_IPA

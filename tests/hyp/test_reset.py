@@ -31,9 +31,8 @@ def test_the_primary_starts_as_the_rfc_says() -> None:
     el2.bus.write(guest.vcpus[0], page)
     for number in range(31):
         guest.set(HostVcpu.X + 8 * number, 0x1000 + number)
-    guest.set(HostVcpu.FLAGS, 7)
     stop_at_entry(el2)
-    assert guest.run() == ExitCode.IRQ
+    assert guest.run(flags=7, x0=0x666) == ExitCode.IRQ
     engine = el2.engine
     assert [engine.x[n] for n in range(31)] == [0x1000 + n for n in range(15)] + [0] * 16
     assert engine.pc == FIRMWARE_IPA

@@ -32,7 +32,6 @@ _MMIO_EXIT = int(ExitReason.MMIO)
 _IABT = int(EC.IABT_LOW)
 _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
-_FLAGS = HostVcpu.FLAGS
 _SMC_IMMEDIATE = 0xFFFF
 _MMIO_DATA = Run.UNION + 8
 _FSC_KIND = 0x3C
@@ -88,11 +87,10 @@ def complete_mmio(vcpu: Vcpu, mmio: PendingMmio) -> None:
         answer = vcpu.run[_MMIO_DATA : _MMIO_DATA + size]
         data = int.from_bytes(answer, "big" if big_endian else "little")
         if vcpu.vm.protected:
-            vcpu.set_word(HostVcpu.X, data)
+            vcpu.x0 = data
         else:
             _load_register(vcpu, size, esr, data)
     vcpu.flags |= _INCREMENT_PC
-    vcpu.vm.host.bus.write_u64(vcpu.page + _FLAGS, vcpu.flags)
 
 
 def _load_register(vcpu: Vcpu, size: int, esr: int, data: int) -> None:

@@ -53,11 +53,11 @@ def protected_call(vcpu: Vcpu) -> bool:
     Raises KickedError out of a CPU_SUSPEND.
     """
     function = vcpu.word(HostVcpu.X) & _MASK32 & ~smccc.SVE_HINT
-    vcpu.set_word(HostVcpu.X, psci.SUCCESS)
+    vcpu.x0 = psci.SUCCESS
     if function in (Function.CPU_ON_32, Function.CPU_ON_64):
         target = _vcpu_at(vcpu, vcpu.word(HostVcpu.X + 8))
         if target is None:
-            vcpu.set_word(HostVcpu.X, psci.INTERNAL_FAILURE)
+            vcpu.x0 = psci.INTERNAL_FAILURE
         else:
             _start(target)
     elif function == Function.CPU_OFF:
@@ -65,13 +65,13 @@ def protected_call(vcpu: Vcpu) -> bool:
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
         vcpu.vm.host.sched.sleep(vcpu.runner)
     elif function in _RESET2 and 0 < vcpu.word(HostVcpu.X + 8) < _RESET2_VENDOR:
-        vcpu.set_word(HostVcpu.X, psci.INVALID_PARAMS)
+        vcpu.x0 = psci.INVALID_PARAMS
     elif function in _EVENTS:
-        vcpu.set_word(HostVcpu.X, psci.INTERNAL_FAILURE)
+        vcpu.x0 = psci.INTERNAL_FAILURE
         _system_event(vcpu, *_EVENTS[Function(function)])
         return True
     else:
-        vcpu.set_word(HostVcpu.X, psci.NOT_SUPPORTED)
+        vcpu.x0 = psci.NOT_SUPPORTED
     return False
 
 

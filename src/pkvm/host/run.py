@@ -81,7 +81,7 @@ def _enter(vcpu: Vcpu, sched: Scheduler, runner: Runner) -> bool:
     if vm.primary is None and vm.protected:
         vm.primary = vcpu
     try:
-        _, code = host.el2.door(_VCPU_RUN)
+        _, code = host.el2.door(_VCPU_RUN, vcpu.flags, vcpu.x0)
     finally:
         sched.leave_guest()
     if code & _SIGN:

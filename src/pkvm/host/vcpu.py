@@ -62,7 +62,9 @@ class Vcpu:
         self.mp_state = MpState.RUNNABLE
         self.at_el2 = False
         self.flags = 0
-        """The page's FLAGS word (`hyp.abi.VcpuFlag`), which EL2 consumes at the next entry."""
+        """`hyp.abi.VcpuFlag` for the next VCPU_RUN."""
+        self.x0 = 0
+        """The transfer value for the next VCPU_RUN, if the vCPU is protected."""
         self.mmio: PendingMmio | None = None
 
     def init(self, argument: bytes) -> None:
@@ -113,18 +115,15 @@ class Vcpu:
     def tell(self, flag: int) -> None:
         """Set a bit of `hyp.abi.VcpuFlag` for EL2's next entry."""
         self.flags |= flag
-        self.set_word(HostVcpu.FLAGS, self.flags)
 
     def mark_dirty(self) -> None:
         """The page holds registers of a non-protected vCPU that EL2 does not have."""
-        if not self.vm.protected and not self.flags & _DIRTY:
-            self.tell(_DIRTY)
+        if not self.vm.protected:
+            self.flags |= _DIRTY
 
     def forget_dirty(self) -> None:
         """The VM became protected: EL2 takes from the page what the RFC lets it, nothing else."""
-        if self.flags:
-            self.flags = 0
-            self.set_word(HostVcpu.FLAGS, 0)
+        self.flags = 0
 
     def sync(self) -> None:
         """Bring the page up to date with EL2, for a non-protected vCPU that is loaded. While the

@@ -27,7 +27,9 @@ class HostCall(IntEnum):
     """Hypercall numbers n. Arguments in order; pfn and gfn are PA and IPA >> 12."""
 
     VCPU_RUN = 9
-    """() -> ExitCode of the loaded vCPU; -EINVAL if none is loaded."""
+    """(flags, x0) -> ExitCode of the loaded vCPU; -EINVAL if none is loaded. `flags` are VcpuFlag,
+    `x0` is what the host gives a protected vCPU (the transfer value); both are the answer to the
+    last exit and count for this entry alone."""
     HOST_SHARE_HYP = 29
     """(pfn) -> 0: share one page with EL2."""
     HOST_UNSHARE_HYP = 30
@@ -98,7 +100,7 @@ class HypRequest(IntEnum):
 
 
 class VcpuFlag(IntFlag):
-    """HostVcpu.FLAGS, written by the host for the next entry."""
+    """VCPU_RUN's flags."""
 
     INCREMENT_PC = 1
     PENDING_EXCEPTION = 2
@@ -129,8 +131,7 @@ CONTEXT_SYSREGS = (
 class HostVcpu:
     """Offsets in the page that stands for the host's `struct kvm_vcpu`.
 
-    For a protected vCPU EL2 writes and reads only what the exit's class allows
-    (facts §5.4); X0 is the universal transfer register.
+    For a protected vCPU EL2 writes only what the exit's class allows (facts §5.4).
     """
 
     X = 0x000
@@ -142,7 +143,6 @@ class HostVcpu:
     FAR = 0x118
     HPFAR = 0x120
     VSESR = 0x128
-    FLAGS = 0x130
     VCPU_ID = 0x138
     """Written by the host before INIT_VCPU; EL2 reads it once."""
     VCPU_IDX = 0x140

@@ -21,6 +21,13 @@ class Area:
         self.nbytes = nbytes
         self.words: memoryview[int] = memory.words[first : first + (nbytes >> 3)]
 
+    @classmethod
+    def index_of(cls, name: str) -> int:
+        """Where in `words` the `Word` of this name is, for paths that every exit takes."""
+        word = vars(cls)[name]
+        assert isinstance(word, Word)
+        return word.index
+
 
 class Word:
     """An unsigned 64-bit attribute of an `Area`, at byte `offset`."""

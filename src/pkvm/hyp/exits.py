@@ -2,8 +2,9 @@
 """What a protected vCPU's exit shows to the host, and what the host may answer (facts §5.4).
 
 At an exit EL2 writes to the host's page (`hyp.abi.HostVcpu`) what the exit's
-class publishes, clears FLAGS, and touches no other word. At the next entry EL2
-reads only what the class of that exit accepts. The two tables are one: `RULES`.
+class publishes, and touches no other word. The host's answer is the two
+arguments of the next VCPU_RUN, flags and X0, of which EL2 takes what the class
+of that exit accepts. The two tables are one: `RULES`.
 
 What the host does at each exit code of VCPU_RUN (the contract):
 
@@ -31,8 +32,7 @@ What the host does at each exit code of VCPU_RUN (the contract):
   - DABT without ISV, IABT (0x20): a page is missing (HPFAR), or nothing can be
     done but PENDING_EXCEPTION: external abort. Otherwise the access is retried.
 
-FLAGS count for one entry: EL2 clears them at each exit. PENDING_EXCEPTION wins
-over INCREMENT_PC. Non-protected vCPUs: see `nonprotected`.
+PENDING_EXCEPTION wins over INCREMENT_PC. Non-protected vCPUs: see `nonprotected`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ PSTATE = HostVcpu.PSTATE >> 3
 ESR = HostVcpu.ESR >> 3
 FAR = HostVcpu.FAR >> 3
 HPFAR = HostVcpu.HPFAR >> 3
-FLAGS = HostVcpu.FLAGS >> 3
 REQ_TYPE = HostVcpu.REQ_TYPE >> 3
 REQ_PAGES = HostVcpu.REQ_PAGES >> 3
 ENDIAN = HostVcpu.SCTLR_EE >> 3
@@ -265,8 +264,12 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.ILLEGAL: Rule("illegal", ExitCode.ILLEGAL),
     ExitClass.NONPROTECTED: Rule("trap"),
 }
-_NO_STATE: State = (0, 1, 0, 0, 0)
 _BY_NUMBER = tuple(RULES[one] for one in ExitClass)
+_CODES = tuple(int(rule.code) for rule in _BY_NUMBER)
+_EXIT_CLASS, _EXIT_ESR, _EXIT_FAR = (
+    Vcpu.index_of(name) for name in ("exit_class", "exit_esr", "exit_far")
+)
+_NO_STATE: State = (0, 1, 0, 0, 0)
 
 
 class Exits:
@@ -281,7 +284,7 @@ class Exits:
         The guest is in AArch64 state."""
         engine = self._engine
         rule = _BY_NUMBER[kind]
-        page = vcpu.page
+        page, words = vcpu.page, vcpu.words
         ipa = NO_ADDRESS
         shown = esr & rule.esr
         if shown:
@@ -290,12 +293,11 @@ class Exits:
             hpfar = state[4] & e.HPFAR_FIPA_MASK
             page[HPFAR] = hpfar
             ipa = hpfar << 8
-            vcpu.exit_far = state[3]
+            words[_EXIT_FAR] = state[3]
         for index, source in rule.words:
             page[index] = source(engine, esr, state)
-        page[FLAGS] = 0
-        vcpu.exit_class = kind
-        vcpu.exit_esr = esr
+        words[_EXIT_CLASS] = kind
+        words[_EXIT_ESR] = esr
         event = (vcpu.handle, vcpu.index, rule.reason, shown, ipa)
         self._record(tuple.__new__(GuestExit, event))
 
@@ -309,29 +311,27 @@ class Exits:
         vcpu.page[REQ_PAGES] = npages
         self.publish_nothing(vcpu, ExitClass.HYP_REQ)
 
-    def accept(self, vcpu: Vcpu, kind: int) -> None:
+    def accept(self, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
         """Take what `kind`, the class of the last exit, lets the host answer; once."""
         if kind == ExitClass.IRQ:
             return
         vcpu.exit_class = ExitClass.IRQ
         engine = self._engine
         rule = _BY_NUMBER[kind]
-        page = vcpu.page
         if rule.answer is not None:
-            result = rule.answer(vcpu, page[X0])
+            result = rule.answer(vcpu, x0)
             engine.set_results(result, 0, 0, 0)
             if kind != ExitClass.SYSTEM_OFF:
                 self._record(GuestHypercall(vcpu.handle, vcpu.index, vcpu.exit_function, result))
             return
-        flags = page[FLAGS]
         if flags & _PENDING_EXCEPTION and rule.pending is not None:
             rule.pending(engine, vcpu)
         elif flags & _INCREMENT_PC and rule.advance:
             if rule.result is not None:
-                rule.result(engine, vcpu.exit_esr, page[X0])
+                rule.result(engine, vcpu.exit_esr, x0)
             engine.pc = (engine.pc + 4) & MASK64
 
 
-def exit_code(vcpu: Vcpu) -> ExitCode:
+def exit_code(vcpu: Vcpu) -> int:
     """VCPU_RUN's answer for the vCPU's last exit."""
-    return _BY_NUMBER[vcpu.exit_class].code
+    return _CODES[vcpu.words[_EXIT_CLASS]]

@@ -34,6 +34,9 @@ from pkvm.hyp.vm import Vm, VmTable
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.memory import PhysicalMemory
 
+_VCPU_RUN = int(HostCall.VCPU_RUN)
+_VCPU_RUN_NAME = HostCall.VCPU_RUN.name
+
 
 class Hardware(Protocol):
     """What EL2 needs of the machine; `pkvm.machine.machine.Machine` is one."""
@@ -116,8 +119,8 @@ class Hypervisor:
         EL2's.
         """
         number = (function_id & MASK64 & ~SVE_HINT) - HOST_CALL_BASE
-        if number == HostCall.VCPU_RUN:
-            return SMCCC_SUCCESS, self._vcpu_run()
+        if number == _VCPU_RUN:
+            return SMCCC_SUCCESS, self._vcpu_run(*args)
         entry = self._calls.get(number)
         if entry is None:
             why = f"function {function_id & MASK64:#x} does not exist"
@@ -133,13 +136,12 @@ class Hypervisor:
         self._record(HostHypercall(entry.name, result))
         return SMCCC_SUCCESS, result
 
-    def _vcpu_run(self) -> int:
-        name = HostCall.VCPU_RUN.name
+    def _vcpu_run(self, flags: int = 0, x0: int = 0, *_more: int) -> int:
         try:
-            result = self.cpu.run()
+            result = self.cpu.run(flags, x0 & MASK64)
         except Refused as refused:
-            result = self._refuse(name, refused)
-        self._record(HostHypercall(name, result))
+            result = self._refuse(_VCPU_RUN_NAME, refused)
+        self._record(tuple.__new__(HostHypercall, (_VCPU_RUN_NAME, result)))
         return result
 
     def _refuse(self, name: str, refused: Refused) -> int:

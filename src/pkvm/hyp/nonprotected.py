@@ -3,8 +3,8 @@
 
 The contract. Every exit but IRQ is TRAP: the host's page then holds the vCPU's
 whole state, ESR, FAR and HPFAR as the hardware gave them. After an IRQ exit the
-page is not current; VCPU_SYNC_STATE or VCPU_PUT makes it so. For the next entry
-the host sets in FLAGS:
+page is not current; VCPU_SYNC_STATE or VCPU_PUT makes it so. The flags of the next
+VCPU_RUN are:
 
 * DIRTY if it changed any register in the page: EL2 takes the whole page, which
   must have been current (or is all the host's, as after a reset).
@@ -33,7 +33,7 @@ from pkvm.arm64.registers import (
 from pkvm.events import NO_ADDRESS, GuestExit, Recorder
 from pkvm.hyp import inject
 from pkvm.hyp.abi import CONTEXT_SYSREGS, HostVcpu, VcpuFlag
-from pkvm.hyp.exits import ESR, FAR, FLAGS, HPFAR, PSTATE, X0, ExitClass
+from pkvm.hyp.exits import ESR, FAR, HPFAR, PSTATE, X0, ExitClass
 from pkvm.hyp.reset import reset
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
@@ -80,11 +80,10 @@ class NonProtected:
             if _is_writable(engine, register)
         ]
 
-    def enter(self, vcpu: Vcpu) -> bool:
+    def enter(self, vcpu: Vcpu, flags: int) -> bool:
         """Take what the host has for the vCPU. False if its PSTATE is not one of EL1 or EL0 in
         AArch64 state; nothing has changed then."""
         page = vcpu.page
-        flags = page[FLAGS]
         engine = self._engine
         dirty = flags & VcpuFlag.DIRTY
         if dirty or not vcpu.started:
@@ -96,7 +95,6 @@ class NonProtected:
             self._take_general(vcpu, pstate)
             if dirty:
                 self._take_rest(vcpu)
-        page[FLAGS] = 0
         vcpu.page_is_current = 0
         trapped = vcpu.exit_class == ExitClass.NONPROTECTED
         vcpu.exit_class = ExitClass.IRQ

@@ -111,21 +111,21 @@ class PhysicalCpu:
         """VCPU_SYNC_STATE. Raises Refused(EINVAL) unless a non-protected vCPU is loaded."""
         self._sync(self.loaded(protected=False))
 
-    def run(self) -> int:
-        """VCPU_RUN: run the loaded vCPU until an exit for the host. Returns the exit code; raises
-        Refused(EINVAL) if none is loaded. Called without the lock."""
+    def run(self, flags: int, x0: int) -> int:
+        """VCPU_RUN: run the loaded vCPU until an exit for the host. `flags` and `x0` are the host's
+        answer to its last exit. Returns the exit code; raises Refused(EINVAL) if none is loaded.
+        Called without the lock."""
         with self.lock:
             vcpu = self.loaded()
-            if not self._enter(vcpu):
+            if not self._enter(vcpu, flags, x0):
                 return ExitCode.ILLEGAL
             self._running = True
         try:
-            reason = self._engine.run()
+            if self._engine.run() is not StopReason.VECTOR:
+                self._vector.interrupted(vcpu)
+            return exit_code(vcpu)
         finally:
             self._running = False
-        if reason is not StopReason.VECTOR:
-            self._vector.interrupted(vcpu)
-        return exit_code(vcpu)
 
     def forget(self, vm: Vm) -> None:
         """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""
@@ -136,18 +136,18 @@ class PhysicalCpu:
             engine.write_sysreg(VTTBR_EL2, 0)
         engine.flush_tlb()
 
-    def _enter(self, vcpu: Vcpu) -> bool:
+    def _enter(self, vcpu: Vcpu, flags: int, x0: int) -> bool:
         """Get everything ready for the guest. False if the vCPU cannot run: nothing has changed
         then."""
         if not vcpu.vm.protected:
-            return self._enter_nonprotected(vcpu)
+            return self._enter_nonprotected(vcpu, flags)
         kind = vcpu.exit_class
         if kind == ExitClass.ILLEGAL:
             return self._cannot_run(vcpu, "illegal", "its last exit was illegal")
         power = vcpu.power
         if power == Affinity.ON:
             self._switch_to(vcpu)
-            self._exits.accept(vcpu, kind)
+            self._exits.accept(vcpu, kind, flags, x0)
         elif power == Affinity.ON_PENDING:
             self._switch_to(vcpu)
             reset.start_secondary(self._engine, vcpu)
@@ -162,9 +162,9 @@ class PhysicalCpu:
             self._record(VmLife("primary", vcpu.handle, vcpu.index))
         return True
 
-    def _enter_nonprotected(self, vcpu: Vcpu) -> bool:
+    def _enter_nonprotected(self, vcpu: Vcpu, flags: int) -> bool:
         self._switch_to(vcpu)
-        if not self._nonprotected.enter(vcpu):
+        if not self._nonprotected.enter(vcpu, flags):
             return self._cannot_run(vcpu, "pstate", "its PSTATE is not of EL1 or EL0 in AArch64")
         return True
 
