@@ -86,6 +86,9 @@ def test_a_guest_that_runs_into_nowhere_takes_an_external_abort() -> None:
             agent.op(Op.LDP, NOWHERE)
         assert pair.value.esr & 0x3F == EXTERNAL_ABORT
         assert pair.value.esr >> 26 == 0x25
+        with pytest.raises(GuestExceptionError) as beyond:
+            agent.load(1 << 40)
+        assert beyond.value.esr & 0x3F == EXTERNAL_ABORT
         with pytest.raises(AgentExitError) as load:
             agent.load(NOWHERE)
         assert load.value.exit == Mmio(NOWHERE, 8, 0, False)

@@ -16,6 +16,7 @@ from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S1PTW, WNR
 from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE
 from pkvm.host import faults, guest_calls
+from pkvm.host.host import IPA_BITS
 from pkvm.host.vcpu import SCTLR_OFFSET, PendingMmio, Vcpu
 from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, VcpuFlag
 from pkvm.uapi.kvm import ExitReason, Run
@@ -126,7 +127,8 @@ def _abort(vcpu: Vcpu, published: Published) -> bool:
         if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
             faults.share(vm, slot, ipa)
             return False
-    if not esr & ISV or esr & S1PTW or esr >> _EC_SHIFT == _IABT:
+    if not esr & ISV or esr & S1PTW or esr >> _EC_SHIFT == _IABT or ipa >> IPA_BITS:
+        # No instruction to emulate, or no address that the VM could have a device at.
         vcpu.tell(_PENDING_EXCEPTION)
         return False
     if not vm.protected:
