@@ -56,7 +56,7 @@ class GuestExit(NamedTuple):
     vcpu: int
     reason: str
     """Exit class: "irq", "wfx", "hvc", "sysreg", "iabt", "dabt_mmio", "dabt", "hyp_req",
-    "illegal"."""
+    "illegal"; of non-protected guests also "smc", and "trap" for anything else."""
     esr: int
     """ESR_EL2 as the host sees it (facts §5.4), not as the guest raised it."""
     ipa: int = NO_ADDRESS

@@ -213,6 +213,7 @@ def test_teardown_has_an_order(el2: El2) -> None:
     for handle in (0, guest.handle + 1, -1):
         el2.assert_refused(errno.EINVAL, HostCall.START_TEARDOWN_VM, handle, check_name="handle")
         el2.assert_refused(errno.EINVAL, HostCall.FINALIZE_TEARDOWN_VM, handle)
+    el2.call(HostCall.RECLAIM_DYING_GUEST_RANGE, guest.handle, 0, 1 << 28)
     el2.call(HostCall.FINALIZE_TEARDOWN_VM, guest.handle)
     el2.assert_refused(errno.EINVAL, HostCall.FINALIZE_TEARDOWN_VM, guest.handle)
 
@@ -270,6 +271,7 @@ def test_the_vmid_is_flushed_before_the_entry_is_free(el2: El2) -> None:
     guest = Guest(el2)
     handle = guest.handle
     el2.call(HostCall.START_TEARDOWN_VM, handle)
+    el2.call(HostCall.RECLAIM_DYING_GUEST_RANGE, handle, 0, 1 << 28)
     known = len(el2.recorder.events)
     el2.call(HostCall.FINALIZE_TEARDOWN_VM, handle)
     first, *_ = el2.recorder.events[known:]
@@ -278,13 +280,25 @@ def test_the_vmid_is_flushed_before_the_entry_is_free(el2: El2) -> None:
     assert el2.call(HostCall.RESERVE_VM) == handle
 
 
-def test_pages_that_the_host_does_not_reclaim_are_lost_not_exposed(el2: El2) -> None:
-    guest = Guest(el2)
+@pytest.mark.parametrize("protected", [True, False])
+def test_a_vm_does_not_end_before_its_last_page(el2: El2, protected: bool) -> None:
+    guest = Guest(el2, protected=protected)
+    gfn = RAM_IPA >> 12
     el2.call(HostCall.START_TEARDOWN_VM, guest.handle)
-    el2.call(HostCall.FINALIZE_TEARDOWN_VM, guest.handle)
-    for pa in (guest.ram, guest.slot):
+    for page in range(4):
+        el2.assert_refused(
+            errno.EBUSY, HostCall.FINALIZE_TEARDOWN_VM, guest.handle, check_name="guest_pages"
+        )
+        if protected:
+            el2.call(HostCall.RECLAIM_DYING_GUEST_PAGE, guest.handle, gfn + page)
+        else:
+            el2.call(HostCall.HOST_UNSHARE_GUEST, guest.handle, gfn + page, 1)
+    if protected:
         with pytest.raises(Stage2Fault):
-            el2.bus.read(pa, 8)
+            el2.bus.read(guest.slot, 8)
+        el2.call(HostCall.RECLAIM_DYING_GUEST_RANGE, guest.handle, 0, 1 << 28)
+    el2.call(HostCall.FINALIZE_TEARDOWN_VM, guest.handle)
+    el2.sound()
 
 
 class Lives(RuleBasedStateMachine):

@@ -187,6 +187,34 @@ def test_other_cpus_of_the_host_while_a_guest_runs(el2: El2) -> None:
     el2.sound()
 
 
+def test_threads_that_take_the_vm_away_under_a_run(el2: El2) -> None:
+    """One thread runs, another tears down and rebuilds: nothing of EL2's lands in host pages."""
+    guest = Guest(el2, [a64.WFI, 0x17FF_FFFF])
+    area = guest.areas[0]
+    over = threading.Event()
+
+    def runs() -> None:
+        while not over.is_set():
+            guest.load()
+            el2.x1(HostCall.VCPU_RUN)
+
+    thread = threading.Thread(target=runs)
+    thread.start()
+    try:
+        while el2.x1(HostCall.START_TEARDOWN_VM, guest.handle):
+            el2.engine.interrupt()
+            el2.x1(HostCall.VCPU_PUT)
+        el2.call(HostCall.RECLAIM_DYING_GUEST_RANGE, guest.handle, 0, 1 << 28)
+        el2.call(HostCall.FINALIZE_TEARDOWN_VM, guest.handle)
+        content = el2.bus.read(area, 4 * PAGE)
+    finally:
+        over.set()
+        thread.join(5)
+    assert all(content[page * PAGE + 8 : (page + 1) * PAGE] == bytes(PAGE - 8) for page in range(4))
+    assert el2.bus.read(area, 4 * PAGE) == content
+    el2.sound()
+
+
 def test_a_bug_in_the_vector_comes_out_of_the_door(
     el2: El2, monkeypatch: pytest.MonkeyPatch
 ) -> None:

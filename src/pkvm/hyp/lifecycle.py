@@ -13,6 +13,7 @@ from pkvm.arm64.stage2 import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from pkvm.events import Recorder, Tlbi, VmLife
 from pkvm.hyp.abi import HANDLE_BASE, MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostVcpu, HostVm
 from pkvm.hyp.area import Area
+from pkvm.hyp.bulk import leaves
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.mem_protect import MemProtect
 from pkvm.hyp.run import PhysicalCpu
@@ -155,10 +156,14 @@ class Lifecycle:
     def finalize_teardown(self, handle: int) -> None:
         """End a dying VM: every page that the host gave for it returns through HostVm's list.
 
-        The VMID is flushed before it can be used again. Raises Refused(EINVAL) unless dying.
+        The VMID is flushed before it can be used again. Raises Refused: EINVAL unless the VM is
+        dying; EBUSY while it has pages that the host has not reclaimed or unshared. (Upstream lets
+        those be lost; but then their annotations would name whatever VM gets the handle next.)
         """
         vm = self._dying(handle)
         mem = self._mem
+        if leaves(vm.stage2, 0, 1 << mem.geometry.ipa_bits - PAGE_SHIFT).frames.size:
+            raise Refused(Errno.EBUSY, "guest_pages", "the VM still has pages", vm=handle)
         self._cpu.forget(vm)
         self._record(Tlbi(vm.vmid))
         self._table.remove(vm)
