@@ -51,8 +51,8 @@ class CpuEngine(Protocol):
     """X0-X30 as unsigned 64-bit numbers, 31 entries or more. XZR is not stored: index < 31."""
 
     vector: Callable[[], bool]
-    """EL2's exception vector; set once by EL2. Must not raise: an exception raised in it stops
-    the run and is raised again from `run`."""
+    """EL2's exception vector; EL2 sets it while no guest runs. Must not raise: an exception raised
+    in it stops the run and is raised again from `run`."""
 
     @property
     def pc(self) -> int:
