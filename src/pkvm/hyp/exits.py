@@ -71,6 +71,8 @@ _ENDIAN_BITS = SCTLR_EE | SCTLR_E0E
 _PAGE_OFFSET = 0xFFF
 _SMC64 = 1 << 30
 _W_MASK = 0xFFFF_FFFF
+_SIZE_MASKS = (0xFF, 0xFFFF, _W_MASK, MASK64)
+"""By ESR_EL2.SAS."""
 
 
 class ExitClass(IntEnum):
@@ -99,8 +101,9 @@ class ExitClass(IntEnum):
 
 State = tuple[int, int, int, int, int]
 """`CpuEngine.exit_state`."""
-Source = Callable[[CpuEngine, int, State], int]
-"""(engine, ESR_EL2, state) -> the value of a published word."""
+_STATE_MODE, _STATE_SCTLR, _STATE_FAR, _STATE_HPFAR = 0, 2, 3, 4
+Source = Callable[[CpuEngine, int], int]
+"""(engine, ESR_EL2) -> the value of a published word."""
 Result = Callable[[CpuEngine, int, int], None]
 """(engine, ESR_EL2 of the exit, host's X0): what the trapped instruction gives the guest."""
 Answer = Callable[[Vcpu, int], int]
@@ -118,7 +121,8 @@ class Rule(NamedTuple):
     # published
     esr: int = 0
     """Mask of ESR_EL2; 0: the word is not written."""
-    hpfar: bool = False
+    state: tuple[tuple[int, int, int], ...] = ()
+    """Words of `State`: index in the page, index in `State`, mask."""
     words: tuple[tuple[int, Source], ...] = ()
     """Further words: index in the page, where the value comes from."""
     # accepted
@@ -131,42 +135,26 @@ class Rule(NamedTuple):
     """Taken at any entry."""
 
 
-def _mode(engine: CpuEngine, esr: int, state: State) -> int:
-    return state[0] & _MODE_BITS
-
-
-def _endian(engine: CpuEngine, esr: int, state: State) -> int:
-    return state[2] & _ENDIAN_BITS
-
-
-def _far_offset(engine: CpuEngine, esr: int, state: State) -> int:
-    return state[3] & _PAGE_OFFSET
-
-
-def _sys64_value(engine: CpuEngine, esr: int, state: State) -> int:
+def _sys64_value(engine: CpuEngine, esr: int) -> int:
     rt = (esr & e.SYS64_RT_MASK) >> e.SYS64_RT_SHIFT
     return 0 if rt == XZR else engine.x[rt]
 
 
-def _stored_value(engine: CpuEngine, esr: int, state: State) -> int:
+def _stored_value(engine: CpuEngine, esr: int) -> int:
     """The bytes that the store would put on the bus; nothing else of the register."""
     rt = (esr & e.SRT_MASK) >> e.SRT_SHIFT
-    return 0 if rt == XZR else engine.x[rt] & _size_mask(esr)
+    return 0 if rt == XZR else engine.x[rt] & _SIZE_MASKS[esr >> e.SAS_SHIFT & 3]
 
 
-def _function(engine: CpuEngine, esr: int, state: State) -> int:
+def _function(engine: CpuEngine, esr: int) -> int:
     return engine.x[0] & _W_MASK
 
 
 def _argument(number: int) -> Source:
-    def source(engine: CpuEngine, esr: int, state: State) -> int:
+    def source(engine: CpuEngine, esr: int) -> int:
         return engine.x[number] & (MASK64 if engine.x[0] & _SMC64 else _W_MASK)
 
     return source
-
-
-def _size_mask(esr: int) -> int:
-    return (1 << (8 << (esr >> e.SAS_SHIFT & 3))) - 1
 
 
 def _read_sysreg(engine: CpuEngine, esr: int, value: int) -> None:
@@ -180,7 +168,7 @@ def _loaded_value(engine: CpuEngine, esr: int, value: int) -> None:
     rt = (esr & e.SRT_MASK) >> e.SRT_SHIFT
     if rt == XZR:
         return
-    mask = _size_mask(esr)
+    mask = _SIZE_MASKS[esr >> e.SAS_SHIFT & 3]
     value &= mask
     if esr & e.SSE and value & (mask >> 1) + 1:
         value |= MASK64 & ~mask
@@ -207,17 +195,23 @@ _ESR_NO_RT = _WHOLE_ESR & ~e.SYS64_RT_MASK
 _ESR_NO_SRT = _WHOLE_ESR & ~e.SRT_MASK
 _ESR_NO_ISV = _WHOLE_ESR & ~(e.ISV | 3 << e.SAS_SHIFT | e.SSE | e.SRT_MASK | e.SF | 1 << 14)
 """With ISV clear, bits [23:14] of the ISS say nothing."""
-_MODE = (PSTATE, _mode)
+_MODE = (PSTATE, _STATE_MODE, _MODE_BITS)
+_PAGE = (HPFAR, _STATE_HPFAR, e.HPFAR_FIPA_MASK)
+_DABT = (
+    _PAGE,
+    (FAR, _STATE_FAR, _PAGE_OFFSET),
+    _MODE,
+    (ENDIAN, _STATE_SCTLR, _ENDIAN_BITS),
+)
 _CALL = (X0, _function)
-_DABT_WORDS = ((FAR, _far_offset), _MODE, (ENDIAN, _endian))
 
 RULES: dict[ExitClass, Rule] = {
     ExitClass.IRQ: Rule("irq", ExitCode.IRQ),
-    ExitClass.WFX: Rule("wfx", esr=_WHOLE_ESR, words=(_MODE,), advance=True),
+    ExitClass.WFX: Rule("wfx", esr=_WHOLE_ESR, state=(_MODE,), advance=True),
     ExitClass.SYSREG_READ: Rule(
         "sysreg",
         esr=_ESR_NO_RT,
-        words=(_MODE,),
+        state=(_MODE,),
         pending=_undefined,
         advance=True,
         result=_read_sysreg,
@@ -225,7 +219,8 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.SYSREG_WRITE: Rule(
         "sysreg",
         esr=_ESR_NO_RT,
-        words=(_MODE, (X0, _sys64_value)),
+        state=(_MODE,),
+        words=((X0, _sys64_value),),
         pending=_undefined,
         advance=True,
     ),
@@ -241,12 +236,11 @@ RULES: dict[ExitClass, Rule] = {
         words=(_CALL, (X0 + 1, _argument(1)), (X0 + 2, _argument(2))),
         answer=_hosts_word,
     ),
-    ExitClass.IABT: Rule("iabt", esr=_WHOLE_ESR, hpfar=True, pending=_abort),
+    ExitClass.IABT: Rule("iabt", esr=_WHOLE_ESR, state=(_PAGE,), pending=_abort),
     ExitClass.MMIO_READ: Rule(
         "dabt_mmio",
         esr=_ESR_NO_SRT,
-        hpfar=True,
-        words=_DABT_WORDS,
+        state=_DABT,
         pending=_abort,
         advance=True,
         result=_loaded_value,
@@ -254,18 +248,24 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.MMIO_WRITE: Rule(
         "dabt_mmio",
         esr=_ESR_NO_SRT,
-        hpfar=True,
-        words=(*_DABT_WORDS, (X0, _stored_value)),
+        state=_DABT,
+        words=((X0, _stored_value),),
         pending=_abort,
         advance=True,
     ),
-    ExitClass.DABT: Rule("dabt", esr=_ESR_NO_ISV, hpfar=True, words=_DABT_WORDS, pending=_abort),
+    ExitClass.DABT: Rule("dabt", esr=_ESR_NO_ISV, state=_DABT, pending=_abort),
     ExitClass.HYP_REQ: Rule("hyp_req", ExitCode.HYP_REQ),
     ExitClass.ILLEGAL: Rule("illegal", ExitCode.ILLEGAL),
     ExitClass.NONPROTECTED: Rule("trap"),
 }
+# The columns of RULES, by class: what every exit and entry looks up.
 _BY_NUMBER = tuple(RULES[one] for one in ExitClass)
+_PUBLISHED = tuple(
+    (rule.reason, rule.esr, _PAGE in rule.state, rule.state, rule.words) for rule in _BY_NUMBER
+)
+_ACCEPTED = tuple((rule.answer, rule.pending, rule.advance, rule.result) for rule in _BY_NUMBER)
 _CODES = tuple(int(rule.code) for rule in _BY_NUMBER)
+_IRQ = int(ExitClass.IRQ)
 _EXIT_CLASS, _EXIT_ESR, _EXIT_FAR = (
     Vcpu.index_of(name) for name in ("exit_class", "exit_esr", "exit_far")
 )
@@ -282,24 +282,21 @@ class Exits:
     def publish(self, vcpu: Vcpu, kind: ExitClass, esr: int, state: State) -> None:
         """Exit to the host: write what the class shows, remember what the answer is about.
         The guest is in AArch64 state."""
-        engine = self._engine
-        rule = _BY_NUMBER[kind]
+        reason, esr_mask, has_ipa, from_state, from_registers = _PUBLISHED[kind]
         page, words = vcpu.page, vcpu.words
-        ipa = NO_ADDRESS
-        shown = esr & rule.esr
-        if shown:
+        shown = esr & esr_mask
+        if esr_mask:
             page[ESR] = shown
-        if rule.hpfar:
-            hpfar = state[4] & e.HPFAR_FIPA_MASK
-            page[HPFAR] = hpfar
-            ipa = hpfar << 8
-            words[_EXIT_FAR] = state[3]
-        for index, source in rule.words:
-            page[index] = source(engine, esr, state)
+        for index, item, mask in from_state:
+            page[index] = state[item] & mask
+        for index, source in from_registers:
+            page[index] = source(self._engine, esr)
         words[_EXIT_CLASS] = kind
         words[_EXIT_ESR] = esr
-        event = (vcpu.handle, vcpu.index, rule.reason, shown, ipa)
-        self._record(tuple.__new__(GuestExit, event))
+        words[_EXIT_FAR] = state[_STATE_FAR]
+        ipa = (state[_STATE_HPFAR] & e.HPFAR_FIPA_MASK) << 8 if has_ipa else NO_ADDRESS
+        # As GuestExit(...) does it, without another Python call.
+        self._record(tuple.__new__(GuestExit, (vcpu.handle, vcpu.index, reason, shown, ipa)))
 
     def publish_nothing(self, vcpu: Vcpu, kind: ExitClass) -> None:
         """Exit to the host with an exit code alone (IRQ, HYP_REQ, ILLEGAL)."""
@@ -313,23 +310,22 @@ class Exits:
 
     def accept(self, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
         """Take what `kind`, the class of the last exit, lets the host answer; once."""
-        if kind == ExitClass.IRQ:
+        if kind == _IRQ:
             return
-        vcpu.exit_class = ExitClass.IRQ
+        vcpu.words[_EXIT_CLASS] = _IRQ
         engine = self._engine
-        rule = _BY_NUMBER[kind]
-        if rule.answer is not None:
-            result = rule.answer(vcpu, x0)
-            engine.set_results(result, 0, 0, 0)
+        answer, pending, advance, result = _ACCEPTED[kind]
+        if answer is not None:
+            value = answer(vcpu, x0)
+            engine.set_results(value, 0, 0, 0)
             if kind != ExitClass.SYSTEM_OFF:
-                self._record(GuestHypercall(vcpu.handle, vcpu.index, vcpu.exit_function, result))
-            return
-        if flags & _PENDING_EXCEPTION and rule.pending is not None:
-            rule.pending(engine, vcpu)
-        elif flags & _INCREMENT_PC and rule.advance:
-            if rule.result is not None:
-                rule.result(engine, vcpu.exit_esr, x0)
-            engine.pc = (engine.pc + 4) & MASK64
+                self._record(GuestHypercall(vcpu.handle, vcpu.index, vcpu.exit_function, value))
+        elif flags & _PENDING_EXCEPTION and pending is not None:
+            pending(engine, vcpu)
+        elif flags & _INCREMENT_PC and advance:
+            if result is not None:
+                result(engine, vcpu.exit_esr, x0)
+            engine.skip_instruction()
 
 
 def exit_code(vcpu: Vcpu) -> int:

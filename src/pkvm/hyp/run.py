@@ -30,6 +30,12 @@ from pkvm.hyp.vector import Vector
 from pkvm.hyp.vm import Vm, VmTable
 from pkvm.machine.cpu.engine import CpuEngine, StopReason
 
+# Values and places that every entry needs; a member of an enumeration is slow to look up.
+_VECTOR = StopReason.VECTOR
+_ILLEGAL = int(ExitClass.ILLEGAL)
+_ON = int(Affinity.ON)
+_EXIT_CLASS, _POWER = Vcpu.index_of("exit_class"), Vcpu.index_of("power")
+
 
 class PhysicalCpu:
     """Load, put, run. Raises HypBug if the engine's context does not fit a vCPU's area."""
@@ -121,7 +127,7 @@ class PhysicalCpu:
                 return ExitCode.ILLEGAL
             self._running = True
         try:
-            if self._engine.run() is not StopReason.VECTOR:
+            if self._engine.run() is not _VECTOR:
                 self._vector.interrupted(vcpu)
             return exit_code(vcpu)
         finally:
@@ -141,12 +147,13 @@ class PhysicalCpu:
         then."""
         if not vcpu.vm.protected:
             return self._enter_nonprotected(vcpu, flags)
-        kind = vcpu.exit_class
-        if kind == ExitClass.ILLEGAL:
+        kind = vcpu.words[_EXIT_CLASS]
+        if kind == _ILLEGAL:
             return self._cannot_run(vcpu, "illegal", "its last exit was illegal")
-        power = vcpu.power
-        if power == Affinity.ON:
-            self._switch_to(vcpu)
+        power = vcpu.words[_POWER]
+        if power == _ON:
+            if vcpu is not self._resident or self._traps_changed:
+                self._switch_to(vcpu)
             self._exits.accept(vcpu, kind, flags, x0)
         elif power == Affinity.ON_PENDING:
             self._switch_to(vcpu)

@@ -28,6 +28,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 Handler = Callable[[Vcpu, int], bool]
 """(vcpu, ESR_EL2) -> whether to go on with the guest."""
 _CLASSES = 64
+_DABT, _MMIO_READ, _MMIO_WRITE = ExitClass.DABT, ExitClass.MMIO_READ, ExitClass.MMIO_WRITE
 
 
 class Vector:
@@ -48,6 +49,8 @@ class Vector:
         self._calls = calls
         self._sysregs = sysregs
         self._record = recorder.record
+        self._exit_state = engine.exit_state
+        self._publish = exits.publish
         self._protected = _table(
             self._unhandled,
             {
@@ -142,9 +145,15 @@ class Vector:
         return self._exit(vcpu, ExitClass.IABT, esr)
 
     def _dabt(self, vcpu: Vcpu, esr: int) -> bool:
-        if not esr & ISV:
-            return self._exit(vcpu, ExitClass.DABT, esr)
-        return self._exit(vcpu, ExitClass.MMIO_WRITE if esr & WNR else ExitClass.MMIO_READ, esr)
+        """`_exit`, spelt out for what devices are made of."""
+        state = self._exit_state()
+        if not state[1]:
+            return self._drop(vcpu, "the guest is in AArch32 state")
+        kind = _DABT
+        if esr & ISV:
+            kind = _MMIO_WRITE if esr & WNR else _MMIO_READ
+        self._publish(vcpu, kind, esr, state)
+        return False
 
     def _undefined(self, vcpu: Vcpu, esr: int) -> bool:
         """An instruction that the guest's ID registers do not have. Some CPUs give a trapped one

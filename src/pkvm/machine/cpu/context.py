@@ -17,6 +17,7 @@ from typing import cast
 from unicorn import arm64_const
 
 from pkvm.arm64 import registers as reg
+from pkvm.arm64.bits import MASK64
 from pkvm.arm64.registers import SysReg
 from pkvm.machine.cpu.errors import EngineError
 from pkvm.machine.cpu.library import Library
@@ -110,6 +111,11 @@ class CpuContext:
     @pc.setter
     def pc(self, value: int) -> None:
         self._words[self._pc_word] = value
+
+    def skip_instruction(self) -> None:
+        """PC + 4."""
+        words, pc = self._words, self._pc_word
+        words[pc] = words[pc] + 4 & MASK64
 
     @property
     def esr_el2(self) -> int:

@@ -62,6 +62,10 @@ class CpuEngine(Protocol):
     @pc.setter
     def pc(self, value: int) -> None: ...
 
+    def skip_instruction(self) -> None:
+        """PC + 4, modulo 2^64."""
+        ...
+
     @property
     def pstate(self) -> int:
         """PSTATE in SPSR_ELx form; bit 4 is set in AArch32 state."""

@@ -204,6 +204,7 @@ class UnicornEngine(CpuContext):
         EL2's vector. Every hypercall of a guest passes here, so all that it needs is local to
         it."""
         flags, requests = self._ownership.flags, self._requests
+        left_by_vector = StopReason.VECTOR
         vector: Callable[[], bool] = _no_vector
 
         def enter() -> bool:
@@ -218,7 +219,7 @@ class UnicornEngine(CpuContext):
                 self._ownership.give_way()
             if again:
                 return flags[INTERRUPTED]
-            self._reason = StopReason.VECTOR
+            self._reason = left_by_vector
             if requests[0] & _LINES:
                 self._drop_lines()
             return True
