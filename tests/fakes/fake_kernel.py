@@ -218,7 +218,7 @@ class FakeKernel:
         if step is None:
             step = next(vcpu.guest)
         elif isinstance(step, Load):
-            data = uapi.Run.MMIO.unpack_from(view, uapi.Run.UNION)[1][: step.size]
+            data = bytes(view[uapi.Run.UNION + 8 : uapi.Run.UNION + 8 + step.size])
             step = vcpu.guest.send(int.from_bytes(data, "little"))
         elif not isinstance(step, Block):
             step = next(vcpu.guest)
@@ -236,10 +236,10 @@ class FakeKernel:
                 raise error(errno.EINTR)
             case Load(address, size):
                 reason = uapi.ExitReason.MMIO
-                union = uapi.Run.MMIO.pack(address, bytes(8), size, 0)
+                union = uapi.Run.MMIO.pack(address, 0, size, 0)
             case Store(address, value, size):
                 reason = uapi.ExitReason.MMIO
-                union = uapi.Run.MMIO.pack(address, value.to_bytes(8, "little"), size, 1)
+                union = uapi.Run.MMIO.pack(address, value, size, 1)
             case Stop(reason, union):
                 pass
             case Fail(number, reason):

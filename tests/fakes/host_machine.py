@@ -44,7 +44,7 @@ class Machine:
 
     def mmio(self, index: int = 0) -> tuple[int, bytes, int, int]:
         address, data, size, is_write = uapi.Run.MMIO.unpack_from(self.pages[index].view, 32)
-        return address, data, size, is_write
+        return address, data.to_bytes(8, "little"), size, is_write
 
     def answer(self, data: bytes) -> None:
         self.pages[0].view[40 : 40 + len(data)] = data

@@ -54,7 +54,7 @@ def test_enable_cap_layout() -> None:
 
 def test_kvm_run_layout() -> None:
     page = bytearray(256)
-    kvm.Run.MMIO.pack_into(page, kvm.Run.UNION, 0x0900_0018, b"A" + bytes(7), 1, 1)
+    kvm.Run.MMIO.pack_into(page, kvm.Run.UNION, 0x0900_0018, 0x41, 1, 1)
     assert page[32:40] == (0x0900_0018).to_bytes(8, "little")
     assert page[40:48] == b"A" + bytes(7)
     assert page[48:53] == b"\1\0\0\0\1"

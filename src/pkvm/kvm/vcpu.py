@@ -22,7 +22,7 @@ _EXIT_REASON = uapi.Run.EXIT_REASON // 4
 _UNION = uapi.Run.UNION
 _MMIO_DATA = _UNION + 8
 _unpack_mmio = uapi.Run.MMIO.unpack_from
-_from_bytes = int.from_bytes
+_make = tuple.__new__
 
 
 class Vcpu:
@@ -68,9 +68,10 @@ class Vcpu:
             return exit_
         if self._words[_EXIT_REASON] == _MMIO:
             address, data, size, is_write = _unpack_mmio(run, _UNION)
+            # Made as a tuple is: `Mmio(...)` is one more Python call for each device access.
             if is_write:
-                return Mmio(address, size, _from_bytes(data[:size], "little"), True)
-            return Mmio(address, size, 0, False)
+                return _make(Mmio, (address, size, data & (1 << 8 * size) - 1, True))
+            return _make(Mmio, (address, size, 0, False))
         return decode(run)
 
     def complete(self, mmio: Mmio, value: int) -> None:

@@ -147,8 +147,8 @@ class Run:
     IMMEDIATE_EXIT = 1
     EXIT_REASON = 8
     UNION = 32
-    MMIO = struct.Struct("<Q8sIB")
-    """phys_addr, data, len, is_write; at UNION."""
+    MMIO = struct.Struct("<QQIB")
+    """phys_addr, data[8] as a little-endian number, len, is_write; at UNION."""
     FAIL_ENTRY = struct.Struct("<QI")
     """hardware_entry_failure_reason, cpu; at UNION."""
     SYSTEM_EVENT = struct.Struct("<II16Q")
