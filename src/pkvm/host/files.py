@@ -236,7 +236,10 @@ class VcpuFile:
             finally:
                 vcpu.mutex.release()
         finally:
-            vcpu.put()
+            if vcpu.references > 1:
+                vcpu.references -= 1
+            else:
+                vcpu.put()
 
     def release(self) -> None:
         """A KVM_RUN under way is interrupted; the vCPU goes when nothing uses it any more."""

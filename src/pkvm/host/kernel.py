@@ -88,7 +88,7 @@ class HostKernel:
         users = UserSpace(bus, bus_faults, pages)
         self._sched = Scheduler(clock, interrupt, counter, grace_s)
         self._lock = self._sched.lock
-        self._recorder = recorder
+        self._record = recorder.record
         self._bus_faults = bus_faults
         el2 = El2(door, bus, pages, recorder)
         self._host = Host(
@@ -138,7 +138,7 @@ class HostKernel:
             result = -errno.EFAULT
             raise OSError(errno.EFAULT, f"the host kernel was refused: {fault}") from fault
         finally:
-            self._recorder.record(
+            self._record(
                 _ran(fd)
                 if request == _RUN and not result
                 else IoctlEvent(fd, _REQUEST_NAMES.get(request) or hex(request), result)
@@ -244,7 +244,7 @@ class HostKernel:
             result = -errno.EFAULT
             raise OSError(errno.EFAULT, f"the host kernel was refused: {fault}") from fault
         finally:
-            self._recorder.record(IoctlEvent(fd, name, result))
+            self._record(IoctlEvent(fd, name, result))
             self._lock.leave()
         return result
 

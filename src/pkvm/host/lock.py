@@ -44,7 +44,7 @@ class KernelLock:
 
     def enter(self) -> None:
         """Take the lock."""
-        if not self.waiting and self._lock.acquire(blocking=False):
+        if not self.waiting and self._lock.acquire(False):
             return
         gate = Gate()
         try:
@@ -66,7 +66,7 @@ class KernelLock:
     def _hand_over(self) -> None:
         """Take the lock, if it is free, for the thread that has waited longest."""
         with self._handing:
-            if self.waiting and self._lock.acquire(blocking=False):
+            if self.waiting and self._lock.acquire(False):
                 gate = self.waiting.popleft()
                 gate.granted = True
                 gate.lock.release()
