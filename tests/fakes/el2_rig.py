@@ -27,6 +27,7 @@ from pkvm.hyp.abi import (
     HostVcpu,
     HostVm,
     HypRequest,
+    RunResult,
     VcpuFlag,
 )
 from pkvm.hyp.hypervisor import Hypervisor
@@ -85,14 +86,18 @@ class El2:
         self.bus = self.machine.host_bus
         self.engine = self.machine.engine
         self._next = memory.ram_base
+        self.shown: tuple[int, ...] = ()
+        """The registers from X0 on that the last VCPU_RUN returned."""
 
     # The host
 
     def x1(self, call: int, *args: int) -> int:
         """A hypercall that exists: its X1."""
-        x0, x1 = self.hyp.host_call(HOST_CALL_BASE + call, *args)
-        assert x0 == 0
-        return x1
+        results = self.hyp.host_call(HOST_CALL_BASE + call, *args)
+        assert results[0] == 0
+        if call == HostCall.VCPU_RUN:
+            self.shown = results
+        return results[1]
 
     def call(self, call: HostCall, *args: int) -> int:
         """A hypercall that EL2 must not refuse."""
@@ -234,6 +239,11 @@ class Guest:
             self._lend()
 
     @property
+    def shown(self) -> tuple[int, ...]:
+        """What the last VCPU_RUN returned (`RunResult`)."""
+        return self.el2.shown
+
+    @property
     def vm(self) -> Vm:
         return self.el2.vm(self.handle)
 
@@ -299,13 +309,13 @@ class Guest:
 
     def feed(self, index: int = 0) -> None:
         """Answer a HYP_REQ."""
-        assert self.word(HostVcpu.REQ_TYPE, index) == HypRequest.MEMCACHE
-        npages = self.word(HostVcpu.REQ_PAGES, index)
+        assert self.shown[RunResult.REQ_TYPE] == HypRequest.MEMCACHE
+        npages = self.shown[RunResult.REQ_PAGES]
         pages = [self.el2.pages() for _ in range(npages)]
         self.el2.call(HostCall.TOPUP_MEMCACHE, self.handle, self.el2.link(pages), npages)
 
     def esr(self, index: int = 0) -> int:
-        return self.word(HostVcpu.ESR, index)
+        return self.shown[RunResult.ESR]
 
     def ec(self, index: int = 0) -> int:
         return self.esr(index) >> 26

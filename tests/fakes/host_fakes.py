@@ -20,6 +20,7 @@ from pkvm.hyp.abi import (
     HostCall,
     HostVcpu,
     HostVm,
+    RunResult,
 )
 from pkvm.uapi import kvm as uapi
 
@@ -104,6 +105,8 @@ class FakeVcpu:
         self.el2 = el2
         self.page = page
         self.code = guest(self)
+        self.results: list[int] = []
+        """The registers that the VCPU_RUN under way returns."""
         self.flags = 0
         self.x0 = 0
         """The host's answer: the arguments of the VCPU_RUN under way."""
@@ -112,14 +115,18 @@ class FakeVcpu:
         return self.el2.bus.read_u64(self.page + offset)
 
     def publish(self, **words: int) -> int:
-        """Write words of the host's page, e.g. esr=..., x0=...; the exit code TRAP."""
+        """What VCPU_RUN returns, e.g. esr=..., x0=...; X registers go to the host's page too, as
+        those of a non-protected guest do. The exit code TRAP."""
         for name, value in words.items():
-            offset = 8 * int(name[1:]) if name[0] == "x" else getattr(HostVcpu, name.upper())
-            self.el2.bus.write_u64(self.page + offset, value & MASK64)
+            if name[0] == "x":
+                self.el2.bus.write_u64(self.page + 8 * int(name[1:]), value & MASK64)
+            if hasattr(RunResult, name.upper()):
+                self.results[getattr(RunResult, name.upper())] = value & MASK64
         return ExitCode.TRAP
 
     def run(self, flags: int, x0: int) -> int:
         self.flags, self.x0 = flags, x0
+        self.results = [0] * RunResult.COUNT
         return next(self.code, ExitCode.ILLEGAL)
 
 
@@ -153,13 +160,17 @@ class FakeEl2:
         """HOST_SHARE_GUEST answers ENOMEM while the VM's cache has fewer pages."""
         self.interrupted = threading.Event()
 
-    def __call__(self, function: int, *args: int) -> tuple[int, int]:
+    def __call__(self, function: int, *args: int) -> tuple[int, ...]:
         call = HostCall(function - HOST_CALL_BASE)
         self.calls.append((call.name, args))
         error = self.refuse.pop(call, 0)
         if error:
             return 0, -error
-        return 0, getattr(self, f"_{call.name.lower()}")(*args)
+        result = getattr(self, f"_{call.name.lower()}")(*args)
+        if call == HostCall.VCPU_RUN and result >= 0:
+            assert self.loaded is not None
+            return 0, result, *self.loaded.results[RunResult.CODE + 1 :]
+        return 0, result
 
     def names(self) -> list[str]:
         """The calls made so far, but VCPU_RUN, LOAD and PUT."""

@@ -12,7 +12,7 @@ from fakes.el2_rig import INCREMENT_PC, RAM_IPA, El2, Guest
 from pkvm.arm64 import psci, smccc
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, Function
 from pkvm.events import GuestHypercall, GuestTrap, Refusal, Transition
-from pkvm.hyp.abi import ExitCode, HostVcpu
+from pkvm.hyp.abi import ExitCode, RunResult
 from pkvm.hyp.vmemmap import HOST_OWNED
 from pkvm.machine.stage2 import Stage2Fault
 
@@ -180,7 +180,7 @@ def test_a_block_is_split_with_table_pages_that_the_host_gives() -> None:
     for _ in range(2):
         assert engine.pc == pc + 4, "the HVC is executed again"
         assert caller.results() == (Function.MEM_SHARE, RAM_IPA + 7 * PAGE, 2, 0)
-        assert (guest.word(HostVcpu.REQ_TYPE), guest.word(HostVcpu.REQ_PAGES)) == (1, 1)
+        assert guest.shown[RunResult.REQ_TYPE : RunResult.REQ_PAGES + 1] == (1, 1)
         assert guest.run() == ExitCode.HYP_REQ, "the host gave nothing"
     assert not any(event.op == "guest_share_host" for event in caller.el2.events(Transition))
     guest.feed()

@@ -9,7 +9,7 @@ from fakes import a64
 from fakes.el2_rig import INCREMENT_PC, PENDING_EXCEPTION, RAM_IPA, El2, Guest
 from pkvm.arm64 import registers as r
 from pkvm.events import GuestTrap
-from pkvm.hyp.abi import ExitCode
+from pkvm.hyp.abi import ExitCode, RunResult
 from pkvm.hyp.id_registers import LIMITS, Limit, guest_id_registers
 from pkvm.hyp.sysregs import RAZ_WI
 
@@ -173,7 +173,7 @@ def test_the_counter_can_be_read_the_physical_timer_is_the_hosts(prober: Prober)
         assert prober.guest.run(flags=INCREMENT_PC, x0=0x77) == ExitCode.TRAP
         assert prober.el2.engine.x[5] == 0x77
     assert prober.execute(a64.msr(r.CNTP_CTL_EL0, 5)) == ExitCode.TRAP
-    assert prober.guest.x(0) == STAMP
+    assert prober.guest.shown[RunResult.X0] == STAMP
     assert prober.guest.run(flags=PENDING_EXCEPTION) == ExitCode.TRAP
     assert prober.el2.engine.read_sysreg(r.ESR_EL1) == 1 << 25
 

@@ -19,7 +19,7 @@ from fakes.el2_rig import (
     Guest,
 )
 from pkvm.arm64 import registers as r
-from pkvm.hyp.abi import CONTEXT_SYSREGS, ExitCode, HostCall, HostVcpu
+from pkvm.hyp.abi import CONTEXT_SYSREGS, ExitCode, HostCall, HostVcpu, RunResult
 
 PAGE = 4096
 VECTORS = RAM_IPA + 0x800
@@ -88,8 +88,8 @@ def test_every_trap_goes_to_the_host_with_everything(
     assert guest.word(HostVcpu.PSTATE) == r.PSTATE_RESET
     assert guest.word(SCTLR) == r.SCTLR_EL1_RESET
     if ec in (0x20, 0x24):
-        assert guest.word(HostVcpu.FAR) == NOWHERE + 0x128
-        assert guest.word(HostVcpu.HPFAR) & 0xFFFF_FFFF_FFF0 == NOWHERE >> 8
+        assert guest.shown[RunResult.FAR] == NOWHERE + 0x128
+        assert guest.shown[RunResult.HPFAR] & 0xFFFF_FFFF_FFF0 == NOWHERE >> 8
     if ec == 0x24:
         assert guest.esr() >> 16 & 0x1F == 3, "SRT is shown"
 

@@ -12,7 +12,7 @@ from pkvm.arm64 import registers as r
 from pkvm.arm64.psci import Affinity, Function
 from pkvm.arm64.smccc import Function as Smccc
 from pkvm.events import GuestHypercall
-from pkvm.hyp.abi import ExitCode, HostVcpu
+from pkvm.hyp.abi import ExitCode, HostVcpu, RunResult
 from pkvm.hyp.psci import FEATURES
 
 SECONDARY = RAM_IPA + 0x800
@@ -93,7 +93,7 @@ def test_cpu_on_starts_the_target_where_the_guest_said(caller: Caller) -> None:
     guest.set(HostVcpu.PC, 0x666, 1)
     guest.set(HostVcpu.X, 0x666, 1)
     assert caller.begin(Function.CPU_ON_64, 1, SECONDARY, CONTEXT) == ExitCode.TRAP
-    assert [guest.x(n) for n in (0, 1)] == [Function.CPU_ON_64, 1]
+    assert guest.shown[RunResult.X0 : RunResult.X1 + 1] == (Function.CPU_ON_64, 1)
     assert caller.power(1) == Affinity.ON_PENDING
     assert caller.guest.run(1) == ExitCode.TRAP
     assert caller.power(1) == Affinity.ON
@@ -118,7 +118,7 @@ def test_cpu_on_hands_on_the_callers_endianness(caller: Caller) -> None:
 def test_cpu_on_of_32_bits_takes_32_bits(caller: Caller) -> None:
     dirt = 0xDEAD << 32
     caller.begin(Function.CPU_ON_32, 1 | dirt, SECONDARY | dirt, CONTEXT | dirt)
-    assert caller.guest.x(1) == 1
+    assert caller.guest.shown[RunResult.X1] == 1
     caller.guest.run(1)
     assert (caller.el2.engine.pc, caller.el2.engine.x[0]) == (SECONDARY, CONTEXT)
 

@@ -36,7 +36,7 @@ class El2:
 
     def try_call(self, call: HostCall, *args: int) -> int:
         """Make a hypercall and return its value or a negative errno."""
-        known, result = self.door(HOST_CALL_BASE + call, *args)
+        known, result, *_ = self.door(HOST_CALL_BASE + call, *args)
         if known & _SIGN:
             return -errno.ENOSYS
         return result - _WRAP if result & _SIGN and result > 0 else result

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A vCPU's exits, class by class: what the host does about each (facts §5.4).
 
-Every handler gets the vCPU and what EL2 published in its page, and returns
-True when KVM_RUN is to return to the VMM; kvm_run then says why.
+Every handler gets the vCPU and what VCPU_RUN returned, and returns True when
+KVM_RUN is to return to the VMM; kvm_run then says why.
 """
 
 from __future__ import annotations
@@ -18,18 +18,15 @@ from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR
 from pkvm.host import faults, guest_calls
 from pkvm.host.host import IPA_BITS
 from pkvm.host.vcpu import SCTLR_OFFSET, PendingMmio, Vcpu
-from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, VcpuFlag
+from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, RunResult, VcpuFlag
 from pkvm.uapi.kvm import ExitReason, Run
 
-_PUBLISHED = struct.Struct("<Q256xQQQQ64xQ")
-"""X0, PSTATE, ESR, FAR, HPFAR, SCTLR_EE: one load instead of six."""
-_PUBLISHED_BYTES = _PUBLISHED.size
-_unpack = _PUBLISHED.unpack
 _MMIO = struct.Struct("<I20xQQIB")
 """kvm_run from exit_reason to the end of kvm_run.mmio, whose data is taken as one number."""
 _pack_mmio = _MMIO.pack_into
 _MMIO_AT = Run.EXIT_REASON
 _MMIO_EXIT = int(ExitReason.MMIO)
+_ESR = RunResult.ESR
 _IABT = int(EC.IABT_LOW)
 _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
@@ -43,29 +40,30 @@ _SAS_SHIFT = syndrome.SAS_SHIFT
 _EC_SHIFT = syndrome.EC_SHIFT
 
 
-Published = tuple[int, int, int, int, int, int]
-"""Those words. For a protected vCPU they hold no more than facts §5.4 lets."""
-Handler = Callable[[Vcpu, Published], bool]
+Results = tuple[int, ...]
+"""The registers that VCPU_RUN returned (`hyp.abi.RunResult`). Of a protected vCPU they hold no
+more than facts §5.4 lets."""
+Handler = Callable[[Vcpu, Results], bool]
 
 
-def trap(vcpu: Vcpu) -> bool:
+def trap(vcpu: Vcpu, results: Results) -> bool:
     """Serve an exit of code TRAP, by its class; True to return to the VMM.
 
     Raises OSError for what ends KVM_RUN with an errno, and KickedError out of a wait.
     """
-    published = _unpack(vcpu.vm.host.bus.read(vcpu.page, _PUBLISHED_BYTES))
-    return _TRAPS.get(published[2] >> _EC_SHIFT, _unknown)(vcpu, published)
+    return _TRAPS.get(results[_ESR] >> _EC_SHIFT, _unknown)(vcpu, results)
 
 
-def other(vcpu: Vcpu, code: int) -> bool:
+def other(vcpu: Vcpu, results: Results) -> bool:
     """Serve an exit of another code (`hyp.abi.ExitCode`); False, the guest goes on.
 
     Raises OSError; for ILLEGAL it is EINVAL with KVM_EXIT_FAIL_ENTRY.
     """
+    code = results[RunResult.CODE]
     if code in (ExitCode.IRQ, ExitCode.EL1_SERROR):
         return False
     if code == ExitCode.HYP_REQ:
-        return _hyp_request(vcpu)
+        return _hyp_request(vcpu, results)
     vcpu.initialised = False
     Run.FAIL_ENTRY.pack_into(vcpu.run, Run.UNION, code, 0)
     vcpu.exit_with(ExitReason.FAIL_ENTRY)
@@ -106,16 +104,16 @@ def _load_register(vcpu: Vcpu, size: int, esr: int, data: int) -> None:
     vcpu.mark_dirty()
 
 
-def _hyp_request(vcpu: Vcpu) -> bool:
+def _hyp_request(vcpu: Vcpu, results: Results) -> bool:
     """EL2 needs table pages before it can go on with the guest's call."""
-    if vcpu.word(HostVcpu.REQ_TYPE) == HypRequest.MEMCACHE:
-        vcpu.vm.topup(vcpu.word(HostVcpu.REQ_PAGES))
+    if results[RunResult.REQ_TYPE] == HypRequest.MEMCACHE:
+        vcpu.vm.topup(results[RunResult.REQ_PAGES])
     return False
 
 
-def _abort(vcpu: Vcpu, published: Published) -> bool:
+def _abort(vcpu: Vcpu, results: Results) -> bool:
     """A stage-2 abort: memory that a non-protected guest has not touched yet, MMIO, or nothing."""
-    x0, pstate, esr, far, hpfar, sctlr = published
+    _, _, esr, x0, far, hpfar, pstate, sctlr = results
     ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
     vm = vcpu.vm
     slot = vm.slots.at(ipa)
@@ -154,40 +152,42 @@ def _is_big_endian(pstate: int, sctlr: int) -> bool:
     return bool(sctlr & (SCTLR_E0E if at_el0 else SCTLR_EE))
 
 
-def _wfx(vcpu: Vcpu, published: Published) -> bool:
+def _wfx(vcpu: Vcpu, results: Results) -> bool:
     """WFI waits for a kick or a wake-up; WFE lets the other vCPUs have the CPU."""
     vcpu.tell(_INCREMENT_PC)
     sched = vcpu.vm.host.sched
-    if published[2] & syndrome.WFX_TI_WFE:
+    if results[_ESR] & syndrome.WFX_TI_WFE:
         sched.yield_turn(vcpu.runner)
     else:
         sched.sleep(vcpu.runner)
     return False
 
 
-def _hvc(vcpu: Vcpu, published: Published) -> bool:
+def _hvc(vcpu: Vcpu, results: Results) -> bool:
     """The preferred return address of HVC is the next instruction already."""
-    return guest_calls.protected_call(vcpu) if vcpu.vm.protected else guest_calls.call(vcpu)
+    return (
+        guest_calls.protected_call(vcpu, results) if vcpu.vm.protected else guest_calls.call(vcpu)
+    )
 
 
-def _smc(vcpu: Vcpu, published: Published) -> bool:
+def _smc(vcpu: Vcpu, results: Results) -> bool:
     """As HVC, but the instruction is to be stepped over, and its immediate must be 0."""
     vcpu.tell(_INCREMENT_PC)
-    if published[2] & _SMC_IMMEDIATE:
+    if results[_ESR] & _SMC_IMMEDIATE:
         guest_calls.answer(vcpu, MASK64)
         return False
     return guest_calls.call(vcpu)
 
 
-def _sys64(vcpu: Vcpu, published: Published) -> bool:
+def _sys64(vcpu: Vcpu, results: Results) -> bool:
     """The host emulates no system register: UNDEFINED."""
     vcpu.tell(_PENDING_EXCEPTION)
     return False
 
 
-def _unknown(vcpu: Vcpu, published: Published) -> bool:
+def _unknown(vcpu: Vcpu, results: Results) -> bool:
     """An exception class that no host expects here: UNDEFINED, as Linux does it."""
-    vcpu.vm.host.say(f"unknown exception class: ESR_EL2 {published[2]:#x}")
+    vcpu.vm.host.say(f"unknown exception class: ESR_EL2 {results[_ESR]:#x}")
     vcpu.tell(_PENDING_EXCEPTION)
     return False
 

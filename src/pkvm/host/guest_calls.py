@@ -13,7 +13,7 @@ from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import Function
 from pkvm.arm64.registers import SCTLR_EE, mpidr_of_vcpu_id
 from pkvm.host.vcpu import SCTLR_OFFSET, Vcpu
-from pkvm.hyp.abi import HostVcpu
+from pkvm.hyp.abi import HostVcpu, RunResult
 from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent
 
 SMCCC_VERSION_1_1 = 0x1_0001
@@ -47,15 +47,16 @@ _EVENTS = {
 }
 
 
-def protected_call(vcpu: Vcpu) -> bool:
-    """Serve a PSCI call that EL2 handed over; True if KVM_RUN returns with a system event.
+def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
+    """Serve a PSCI call that EL2 handed over with these results of VCPU_RUN; True if KVM_RUN
+    returns with a system event.
 
     Raises KickedError out of a CPU_SUSPEND.
     """
-    function = vcpu.word(HostVcpu.X) & _MASK32 & ~smccc.SVE_HINT
+    function = results[RunResult.X0] & _MASK32 & ~smccc.SVE_HINT
     vcpu.x0 = psci.SUCCESS
     if function in (Function.CPU_ON_32, Function.CPU_ON_64):
-        target = _vcpu_at(vcpu, vcpu.word(HostVcpu.X + 8))
+        target = _vcpu_at(vcpu, results[RunResult.X1])
         if target is None:
             vcpu.x0 = psci.INTERNAL_FAILURE
         else:
@@ -64,7 +65,7 @@ def protected_call(vcpu: Vcpu) -> bool:
         vcpu.mp_state = MpState.STOPPED
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
         vcpu.vm.host.sched.sleep(vcpu.runner)
-    elif function in _RESET2 and 0 < vcpu.word(HostVcpu.X + 8) < _RESET2_VENDOR:
+    elif function in _RESET2 and 0 < results[RunResult.X1] < _RESET2_VENDOR:
         vcpu.x0 = psci.INVALID_PARAMS
     elif function in _EVENTS:
         vcpu.x0 = psci.INTERNAL_FAILURE

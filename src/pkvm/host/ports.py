@@ -40,9 +40,9 @@ class Bus(Protocol):
 
 
 class Door(Protocol):
-    """HVC #0 from the host: (function id, arguments) -> (X0, X1), facts §9.1."""
+    """HVC #0 from the host: (function id, arguments) -> (X0, X1, ...), facts §9.1."""
 
-    def __call__(self, function: int, /, *args: int) -> tuple[int, int]:
+    def __call__(self, function: int, /, *args: int) -> tuple[int, ...]:
         """Make the hypercall."""
         ...
 

@@ -81,15 +81,16 @@ def _enter(vcpu: Vcpu, sched: Scheduler, runner: Runner) -> bool:
     if vm.primary is None and vm.protected:
         vm.primary = vcpu
     try:
-        _, code = host.el2.door(_VCPU_RUN, vcpu.flags, vcpu.x0)
+        results = host.el2.door(_VCPU_RUN, vcpu.flags, vcpu.x0)
     finally:
         sched.leave_guest()
+    code = results[1]
     if code & _SIGN:
         raise _refused(vcpu, code)
     vcpu.flags = 0
     if code == _TRAP:
-        return exits.trap(vcpu)
-    return exits.other(vcpu, code)
+        return exits.trap(vcpu, results)
+    return exits.other(vcpu, results)
 
 
 def _load(vcpu: Vcpu) -> None:

@@ -27,9 +27,9 @@ class HostCall(IntEnum):
     """Hypercall numbers n. Arguments in order; pfn and gfn are PA and IPA >> 12."""
 
     VCPU_RUN = 9
-    """(flags, x0) -> ExitCode of the loaded vCPU; -EINVAL if none is loaded. `flags` are VcpuFlag,
-    `x0` is what the host gives a protected vCPU (the transfer value); both are the answer to the
-    last exit and count for this entry alone."""
+    """(flags, x0) -> the registers of RunResult; X1 is -EINVAL if no vCPU is loaded. `flags` are
+    VcpuFlag, `x0` is what the host gives a protected vCPU (the transfer value); both are the
+    answer to the last exit and count for this entry alone."""
     HOST_SHARE_HYP = 29
     """(pfn) -> 0: share one page with EL2."""
     HOST_UNSHARE_HYP = 30
@@ -84,19 +84,43 @@ class ExitCode(IntEnum):
     IRQ = 0
     EL1_SERROR = 1
     TRAP = 2
-    """A synchronous exception; HostVcpu.ESR and its friends say which, as far as §5.4 lets."""
+    """A synchronous exception; RunResult says which, as far as §5.4 lets."""
     ILLEGAL = 3
     """The vCPU cannot run: powered off, in AArch32 state, or an exit that nobody may handle."""
     HYP_REQ = 4
-    """EL2 wants something first: HostVcpu.REQ_TYPE and REQ_PAGES."""
+    """EL2 wants something first: RunResult.REQ_TYPE and REQ_PAGES."""
 
 
 class HypRequest(IntEnum):
-    """HostVcpu.REQ_TYPE."""
+    """RunResult.REQ_TYPE."""
 
     NONE = 0
     MEMCACHE = 1
     """TOPUP_MEMCACHE with REQ_PAGES pages, then run again; the guest's HVC is executed again."""
+
+
+class RunResult:
+    """VCPU_RUN's results: numbers of the registers X1 to X7. What the exit's class does not show
+    (facts §5.4) is 0."""
+
+    CODE = 1
+    """ExitCode, or a negative errno; then there are no further results."""
+    ESR = 2
+    X0 = 3
+    """The universal transfer register: X0 of a call, the data of a store."""
+    FAR = 4
+    HPFAR = 5
+    PSTATE = 6
+    """Of a protected vCPU the mode alone."""
+    SCTLR_EE = 7
+    """SCTLR_EL1 bits EE and E0E of a protected guest at a data abort; nothing else of it."""
+    X1 = 4
+    X2 = 5
+    """Arguments of a protected guest's PSCI call."""
+    REQ_TYPE = 2
+    REQ_PAGES = 3
+    """For ExitCode.HYP_REQ."""
+    COUNT = 8
 
 
 class VcpuFlag(IntFlag):
@@ -131,7 +155,8 @@ CONTEXT_SYSREGS = (
 class HostVcpu:
     """Offsets in the page that stands for the host's `struct kvm_vcpu`.
 
-    For a protected vCPU EL2 writes only what the exit's class allows (facts §5.4).
+    EL2 reads it when a vCPU is made and when it starts; what a protected vCPU does later it
+    never writes there.
     """
 
     X = 0x000
@@ -139,9 +164,6 @@ class HostVcpu:
     SP_EL0 = 0x0F8
     PC = 0x100
     PSTATE = 0x108
-    ESR = 0x110
-    FAR = 0x118
-    HPFAR = 0x120
     VSESR = 0x128
     VCPU_ID = 0x138
     """Written by the host before INIT_VCPU; EL2 reads it once."""
@@ -149,10 +171,6 @@ class HostVcpu:
     FEATURES = 0x148
     """Bit mask of KVM_ARM_VCPU_* features; read once by INIT_VCPU."""
     MP_STATE = 0x150
-    REQ_TYPE = 0x158
-    REQ_PAGES = 0x160
-    SCTLR_EE = 0x168
-    """SCTLR_EL1 bits EE and E0E of a protected guest at a data abort; nothing else of it."""
     SP_EL1 = 0x170
     ELR_EL1 = 0x178
     SPSR_EL1 = 0x180

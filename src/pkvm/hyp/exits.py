@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a protected vCPU's exit shows to the host, and what the host may answer (facts §5.4).
 
-At an exit EL2 writes to the host's page (`hyp.abi.HostVcpu`) what the exit's
-class publishes, and touches no other word. The host's answer is the two
-arguments of the next VCPU_RUN, flags and X0, of which EL2 takes what the class
-of that exit accepts. The two tables are one: `RULES`.
+VCPU_RUN returns in registers (`hyp.abi.RunResult`) what the exit's class
+publishes, 0 in all others; memory of the host is not touched. The host's answer
+is the two arguments of the next VCPU_RUN, flags and X0, of which EL2 takes what
+the class of that exit accepts. The two tables are one: `RULES`.
 
 What the host does at each exit code of VCPU_RUN (the contract):
 
@@ -47,27 +47,16 @@ from pkvm.arm64.psci import INTERNAL_FAILURE
 from pkvm.arm64.registers import SCTLR_E0E, SCTLR_EE
 from pkvm.events import NO_ADDRESS, GuestExit, GuestHypercall, Recorder
 from pkvm.hyp import inject, power
-from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, VcpuFlag
+from pkvm.hyp.abi import SMCCC_SUCCESS, ExitCode, HypRequest, RunResult, VcpuFlag
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 
 XZR = 31
-X0 = HostVcpu.X >> 3
-PSTATE = HostVcpu.PSTATE >> 3
-ESR = HostVcpu.ESR >> 3
-FAR = HostVcpu.FAR >> 3
-HPFAR = HostVcpu.HPFAR >> 3
-REQ_TYPE = HostVcpu.REQ_TYPE >> 3
-REQ_PAGES = HostVcpu.REQ_PAGES >> 3
-ENDIAN = HostVcpu.SCTLR_EE >> 3
-"""Indices of 64-bit words in the host's page."""
-
 _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
 _WHOLE_ESR = 0xFFFF_FFFF
-_MODE_BITS = 0xF
+_MODE = 0xF
 """PSTATE.M in AArch64 state; M[4] is 0 there."""
-_ENDIAN_BITS = SCTLR_EE | SCTLR_E0E
 _PAGE_OFFSET = 0xFFF
 _SMC64 = 1 << 30
 _W_MASK = 0xFFFF_FFFF
@@ -101,7 +90,6 @@ class ExitClass(IntEnum):
 
 State = tuple[int, int, int, int, int]
 """`CpuEngine.exit_state`."""
-_STATE_MODE, _STATE_SCTLR, _STATE_FAR, _STATE_HPFAR = 0, 2, 3, 4
 Source = Callable[[CpuEngine, int], int]
 """(engine, ESR_EL2) -> the value of a published word."""
 Result = Callable[[CpuEngine, int, int], None]
@@ -118,13 +106,18 @@ class Rule(NamedTuple):
     reason: str
     """`events.GuestExit.reason`."""
     code: ExitCode = ExitCode.TRAP
-    # published
+    # published: masks of what the CPU has
     esr: int = 0
-    """Mask of ESR_EL2; 0: the word is not written."""
-    state: tuple[tuple[int, int, int], ...] = ()
-    """Words of `State`: index in the page, index in `State`, mask."""
-    words: tuple[tuple[int, Source], ...] = ()
-    """Further words: index in the page, where the value comes from."""
+    far: int = 0
+    hpfar: int = 0
+    mode: int = 0
+    """Of PSTATE.M."""
+    endian: int = 0
+    """Of SCTLR_EL1."""
+    value: Source | None = None
+    """X0."""
+    arguments: int | None = None
+    """A PSCI call's: X0 is its function, and so many arguments follow."""
     # accepted
     pending: Pending | None = None
     advance: bool = False
@@ -144,17 +137,6 @@ def _stored_value(engine: CpuEngine, esr: int) -> int:
     """The bytes that the store would put on the bus; nothing else of the register."""
     rt = (esr & e.SRT_MASK) >> e.SRT_SHIFT
     return 0 if rt == XZR else engine.x[rt] & _SIZE_MASKS[esr >> e.SAS_SHIFT & 3]
-
-
-def _function(engine: CpuEngine, esr: int) -> int:
-    return engine.x[0] & _W_MASK
-
-
-def _argument(number: int) -> Source:
-    def source(engine: CpuEngine, esr: int) -> int:
-        return engine.x[number] & (MASK64 if engine.x[0] & _SMC64 else _W_MASK)
-
-    return source
 
 
 def _read_sysreg(engine: CpuEngine, esr: int, value: int) -> None:
@@ -195,23 +177,22 @@ _ESR_NO_RT = _WHOLE_ESR & ~e.SYS64_RT_MASK
 _ESR_NO_SRT = _WHOLE_ESR & ~e.SRT_MASK
 _ESR_NO_ISV = _WHOLE_ESR & ~(e.ISV | 3 << e.SAS_SHIFT | e.SSE | e.SRT_MASK | e.SF | 1 << 14)
 """With ISV clear, bits [23:14] of the ISS say nothing."""
-_MODE = (PSTATE, _STATE_MODE, _MODE_BITS)
-_PAGE = (HPFAR, _STATE_HPFAR, e.HPFAR_FIPA_MASK)
-_DABT = (
-    _PAGE,
-    (FAR, _STATE_FAR, _PAGE_OFFSET),
-    _MODE,
-    (ENDIAN, _STATE_SCTLR, _ENDIAN_BITS),
+_DABT = Rule(
+    "dabt",
+    far=_PAGE_OFFSET,
+    hpfar=e.HPFAR_FIPA_MASK,
+    mode=_MODE,
+    endian=SCTLR_EE | SCTLR_E0E,
+    pending=_abort,
 )
-_CALL = (X0, _function)
 
 RULES: dict[ExitClass, Rule] = {
     ExitClass.IRQ: Rule("irq", ExitCode.IRQ),
-    ExitClass.WFX: Rule("wfx", esr=_WHOLE_ESR, state=(_MODE,), advance=True),
+    ExitClass.WFX: Rule("wfx", esr=_WHOLE_ESR, mode=_MODE, advance=True),
     ExitClass.SYSREG_READ: Rule(
         "sysreg",
         esr=_ESR_NO_RT,
-        state=(_MODE,),
+        mode=_MODE,
         pending=_undefined,
         advance=True,
         result=_read_sysreg,
@@ -219,41 +200,24 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.SYSREG_WRITE: Rule(
         "sysreg",
         esr=_ESR_NO_RT,
-        state=(_MODE,),
-        words=((X0, _sys64_value),),
+        mode=_MODE,
+        value=_sys64_value,
         pending=_undefined,
         advance=True,
     ),
-    ExitClass.CPU_ON: Rule(
-        "hvc", esr=_WHOLE_ESR, words=(_CALL, (X0 + 1, _argument(1))), answer=power.settle_on
+    ExitClass.CPU_ON: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=power.settle_on),
+    ExitClass.CPU_OFF: Rule("hvc", esr=_WHOLE_ESR, arguments=0),
+    ExitClass.CPU_SUSPEND: Rule("hvc", esr=_WHOLE_ESR, arguments=0, answer=_hosts_word),
+    ExitClass.SYSTEM_OFF: Rule("hvc", esr=_WHOLE_ESR, arguments=0, answer=_no_return),
+    ExitClass.SYSTEM_RESET2: Rule("hvc", esr=_WHOLE_ESR, arguments=2, answer=_hosts_word),
+    ExitClass.IABT: Rule("iabt", esr=_WHOLE_ESR, hpfar=e.HPFAR_FIPA_MASK, pending=_abort),
+    ExitClass.MMIO_READ: _DABT._replace(
+        reason="dabt_mmio", esr=_ESR_NO_SRT, advance=True, result=_loaded_value
     ),
-    ExitClass.CPU_OFF: Rule("hvc", esr=_WHOLE_ESR, words=(_CALL,)),
-    ExitClass.CPU_SUSPEND: Rule("hvc", esr=_WHOLE_ESR, words=(_CALL,), answer=_hosts_word),
-    ExitClass.SYSTEM_OFF: Rule("hvc", esr=_WHOLE_ESR, words=(_CALL,), answer=_no_return),
-    ExitClass.SYSTEM_RESET2: Rule(
-        "hvc",
-        esr=_WHOLE_ESR,
-        words=(_CALL, (X0 + 1, _argument(1)), (X0 + 2, _argument(2))),
-        answer=_hosts_word,
+    ExitClass.MMIO_WRITE: _DABT._replace(
+        reason="dabt_mmio", esr=_ESR_NO_SRT, value=_stored_value, advance=True
     ),
-    ExitClass.IABT: Rule("iabt", esr=_WHOLE_ESR, state=(_PAGE,), pending=_abort),
-    ExitClass.MMIO_READ: Rule(
-        "dabt_mmio",
-        esr=_ESR_NO_SRT,
-        state=_DABT,
-        pending=_abort,
-        advance=True,
-        result=_loaded_value,
-    ),
-    ExitClass.MMIO_WRITE: Rule(
-        "dabt_mmio",
-        esr=_ESR_NO_SRT,
-        state=_DABT,
-        words=((X0, _stored_value),),
-        pending=_abort,
-        advance=True,
-    ),
-    ExitClass.DABT: Rule("dabt", esr=_ESR_NO_ISV, state=_DABT, pending=_abort),
+    ExitClass.DABT: _DABT._replace(esr=_ESR_NO_ISV),
     ExitClass.HYP_REQ: Rule("hyp_req", ExitCode.HYP_REQ),
     ExitClass.ILLEGAL: Rule("illegal", ExitCode.ILLEGAL),
     ExitClass.NONPROTECTED: Rule("trap"),
@@ -261,15 +225,23 @@ RULES: dict[ExitClass, Rule] = {
 # The columns of RULES, by class: what every exit and entry looks up.
 _BY_NUMBER = tuple(RULES[one] for one in ExitClass)
 _PUBLISHED = tuple(
-    (rule.reason, rule.esr, _PAGE in rule.state, rule.state, rule.words) for rule in _BY_NUMBER
+    (
+        rule.reason,
+        int(rule.code),
+        rule.esr,
+        rule.far,
+        rule.hpfar,
+        rule.mode,
+        rule.endian,
+        rule.value,
+    )
+    for rule in _BY_NUMBER
 )
 _ACCEPTED = tuple((rule.answer, rule.pending, rule.advance, rule.result) for rule in _BY_NUMBER)
-_CODES = tuple(int(rule.code) for rule in _BY_NUMBER)
 _IRQ = int(ExitClass.IRQ)
 _EXIT_CLASS, _EXIT_ESR, _EXIT_FAR = (
     Vcpu.index_of(name) for name in ("exit_class", "exit_esr", "exit_far")
 )
-_NO_STATE: State = (0, 1, 0, 0, 0)
 
 
 class Exits:
@@ -278,35 +250,63 @@ class Exits:
     def __init__(self, engine: CpuEngine, recorder: Recorder) -> None:
         self._engine = engine
         self._record = recorder.record
+        self.results = nothing_but(ExitCode.IRQ)
+        """VCPU_RUN's registers from X0 on, for the last exit."""
 
     def publish(self, vcpu: Vcpu, kind: ExitClass, esr: int, state: State) -> None:
-        """Exit to the host: write what the class shows, remember what the answer is about.
-        The guest is in AArch64 state."""
-        reason, esr_mask, has_ipa, from_state, from_registers = _PUBLISHED[kind]
-        page, words = vcpu.page, vcpu.words
-        shown = esr & esr_mask
-        if esr_mask:
-            page[ESR] = shown
-        for index, item, mask in from_state:
-            page[index] = state[item] & mask
-        for index, source in from_registers:
-            page[index] = source(self._engine, esr)
+        """Exit to the host: show what the class lets, remember what the answer is about. The guest
+        is in AArch64 state."""
+        reason, code, esr_mask, far_mask, hpfar_mask, mode_mask, endian_mask, value = _PUBLISHED[
+            kind
+        ]
+        mode, _, sctlr, far, hpfar = state
+        words = vcpu.words
         words[_EXIT_CLASS] = kind
         words[_EXIT_ESR] = esr
-        words[_EXIT_FAR] = state[_STATE_FAR]
-        ipa = (state[_STATE_HPFAR] & e.HPFAR_FIPA_MASK) << 8 if has_ipa else NO_ADDRESS
+        words[_EXIT_FAR] = far
+        shown = esr & esr_mask
+        hpfar &= hpfar_mask
+        self.results = (
+            SMCCC_SUCCESS,
+            code,
+            shown,
+            0 if value is None else value(self._engine, esr),
+            far & far_mask,
+            hpfar,
+            mode & mode_mask,
+            sctlr & endian_mask,
+        )
+        ipa = hpfar << 8 if hpfar_mask else NO_ADDRESS
         # As GuestExit(...) does it, without another Python call.
         self._record(tuple.__new__(GuestExit, (vcpu.handle, vcpu.index, reason, shown, ipa)))
 
+    def publish_call(self, vcpu: Vcpu, kind: ExitClass) -> None:
+        """Exit to the host for a PSCI call: its function id and so many arguments as it may see."""
+        engine = self._engine
+        esr = engine.esr_el2
+        function, *arguments = engine.args()
+        mask = MASK64 if function & _SMC64 else _W_MASK
+        shown = [arg & mask for arg in arguments[: RULES[kind].arguments]]
+        self.publish(vcpu, kind, esr, engine.exit_state())
+        results = [*self.results]
+        results[RunResult.X0] = function & _W_MASK
+        results[RunResult.X1 : RunResult.X1 + len(shown)] = shown
+        self.results = tuple(results)
+
     def publish_nothing(self, vcpu: Vcpu, kind: ExitClass) -> None:
-        """Exit to the host with an exit code alone (IRQ, HYP_REQ, ILLEGAL)."""
-        self.publish(vcpu, kind, 0, _NO_STATE)
+        """Exit to the host with an exit code alone (IRQ, ILLEGAL)."""
+        rule = RULES[kind]
+        vcpu.exit_class = kind
+        self.results = nothing_but(rule.code)
+        self._record(GuestExit(vcpu.handle, vcpu.index, rule.reason, 0))
 
     def request_table_pages(self, vcpu: Vcpu, npages: int) -> None:
         """Exit to the host for table pages."""
-        vcpu.page[REQ_TYPE] = HypRequest.MEMCACHE
-        vcpu.page[REQ_PAGES] = npages
         self.publish_nothing(vcpu, ExitClass.HYP_REQ)
+        results = [*self.results]
+        results[RunResult.REQ_TYPE] = HypRequest.MEMCACHE
+        results[RunResult.REQ_PAGES] = npages
+        self.results = tuple(results)
 
     def accept(self, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
         """Take what `kind`, the class of the last exit, lets the host answer; once."""
@@ -328,6 +328,6 @@ class Exits:
             engine.skip_instruction()
 
 
-def exit_code(vcpu: Vcpu) -> int:
-    """VCPU_RUN's answer for the vCPU's last exit."""
-    return _CODES[vcpu.words[_EXIT_CLASS]]
+def nothing_but(code: ExitCode) -> tuple[int, ...]:
+    """VCPU_RUN's registers with an exit code alone."""
+    return SMCCC_SUCCESS, int(code), *[0] * (RunResult.COUNT - 2)

@@ -34,7 +34,8 @@ from pkvm.hyp.vm import Vm, VmTable
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.memory import PhysicalMemory
 
-_VCPU_RUN = int(HostCall.VCPU_RUN)
+_FUNCTION_MASK = MASK64 & ~SVE_HINT
+_VCPU_RUN = int(HOST_CALL_BASE + HostCall.VCPU_RUN)
 _VCPU_RUN_NAME = HostCall.VCPU_RUN.name
 
 
@@ -111,19 +112,20 @@ class Hypervisor:
         with self.cpu.lock:
             return self.table.vms()
 
-    def host_call(self, function_id: int, *args: int) -> tuple[int, int]:
+    def host_call(self, function_id: int, *args: int) -> tuple[int, ...]:
         """The host's HVC #0: X0 = `function_id` (HOST_CALL_BASE + n), arguments from X1 on.
 
         Returns X0 and X1, signed: (0, value or minus errno), or (-1, 0) for a function that does
-        not exist. Takes any numbers; raises nothing for any of them. An exception is a bug of
-        EL2's.
+        not exist; VCPU_RUN more registers (`RunResult`). Takes any numbers; raises nothing for any
+        of them. An exception is a bug of EL2's.
         """
-        number = (function_id & MASK64 & ~SVE_HINT) - HOST_CALL_BASE
-        if number == _VCPU_RUN:
-            return SMCCC_SUCCESS, self._vcpu_run(*args)
+        function_id &= _FUNCTION_MASK
+        if function_id == _VCPU_RUN:
+            return self._vcpu_run(*args)
+        number = function_id - HOST_CALL_BASE
         entry = self._calls.get(number)
         if entry is None:
-            why = f"function {function_id & MASK64:#x} does not exist"
+            why = f"function {function_id:#x} does not exist"
             self._record(Refusal("host_call", "function_id", 0, why))
             return SMCCC_NOT_SUPPORTED, 0
         numbers = [arg & MASK64 for arg in args[: entry.arity]]
@@ -136,13 +138,14 @@ class Hypervisor:
         self._record(HostHypercall(entry.name, result))
         return SMCCC_SUCCESS, result
 
-    def _vcpu_run(self, flags: int = 0, x0: int = 0, *_more: int) -> int:
+    def _vcpu_run(self, flags: int = 0, x0: int = 0, *_more: int) -> tuple[int, ...]:
         try:
-            result = self.cpu.run(flags, x0 & MASK64)
+            results = self.cpu.run(flags, x0 & MASK64)
         except Refused as refused:
-            result = self._refuse(_VCPU_RUN_NAME, refused)
-        self._record(tuple.__new__(HostHypercall, (_VCPU_RUN_NAME, result)))
-        return result
+            results = SMCCC_SUCCESS, self._refuse(_VCPU_RUN_NAME, refused)
+        # As HostHypercall(...) does it, without another Python call.
+        self._record(tuple.__new__(HostHypercall, (_VCPU_RUN_NAME, results[1])))
+        return results
 
     def _refuse(self, name: str, refused: Refused) -> int:
         """Announce a refusal; the host's X1."""

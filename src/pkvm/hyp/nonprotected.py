@@ -2,7 +2,8 @@
 """Non-protected vCPUs: the host sees and sets everything (facts §5.3).
 
 The contract. Every exit but IRQ is TRAP: the host's page then holds the vCPU's
-whole state, ESR, FAR and HPFAR as the hardware gave them. After an IRQ exit the
+whole state, and RunResult has ESR, FAR, HPFAR and PSTATE as the hardware gave
+them, and 0 in X0 and SCTLR_EE. After an IRQ exit the
 page is not current; VCPU_SYNC_STATE or VCPU_PUT makes it so. The flags of the next
 VCPU_RUN are:
 
@@ -32,13 +33,15 @@ from pkvm.arm64.registers import (
 )
 from pkvm.events import NO_ADDRESS, GuestExit, Recorder
 from pkvm.hyp import inject
-from pkvm.hyp.abi import CONTEXT_SYSREGS, HostVcpu, VcpuFlag
-from pkvm.hyp.exits import ESR, FAR, HPFAR, PSTATE, X0, ExitClass
+from pkvm.hyp.abi import CONTEXT_SYSREGS, SMCCC_SUCCESS, ExitCode, HostVcpu, VcpuFlag
+from pkvm.hyp.exits import ExitClass, nothing_but
 from pkvm.hyp.reset import reset
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.cpu.errors import EngineError
 
+X0 = HostVcpu.X >> 3
+PSTATE = HostVcpu.PSTATE >> 3
 _NR_X = 31
 _SP_EL0 = HostVcpu.SP_EL0 >> 3
 _PC = HostVcpu.PC >> 3
@@ -74,6 +77,8 @@ class NonProtected:
     def __init__(self, engine: CpuEngine, recorder: Recorder) -> None:
         self._engine = engine
         self._record = recorder.record
+        self.results = nothing_but(ExitCode.IRQ)
+        """VCPU_RUN's registers from X0 on, for the last exit."""
         self._writable = [
             (_SYSREGS + number, register)
             for number, register in enumerate(CONTEXT_SYSREGS)
@@ -110,15 +115,12 @@ class NonProtected:
     def exit_trap(self, vcpu: Vcpu, esr: int) -> None:
         """Exit to the host with everything."""
         engine = self._engine
-        page = vcpu.page
         far, hpfar = engine.far_el2, engine.hpfar_el2
-        page[ESR] = esr
-        page[FAR] = far
-        page[HPFAR] = hpfar
         vcpu.exit_class = ExitClass.NONPROTECTED
         vcpu.exit_esr = esr
         vcpu.exit_far = far
         self.sync(vcpu)
+        self.results = (SMCCC_SUCCESS, int(ExitCode.TRAP), esr, 0, far, hpfar, engine.pstate, 0)
         ec = esr >> EC_SHIFT
         ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if ec in _ABORTS else NO_ADDRESS
         reason = _REASONS.get(ec, "trap")
@@ -126,6 +128,7 @@ class NonProtected:
 
     def exit_irq(self, vcpu: Vcpu) -> None:
         """Exit to the host for an interrupt: nothing is written."""
+        self.results = nothing_but(ExitCode.IRQ)
         vcpu.exit_class = ExitClass.IRQ
         self._record(GuestExit(vcpu.handle, vcpu.index, "irq", 0))
 

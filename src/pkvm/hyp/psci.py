@@ -128,5 +128,4 @@ class Psci:
 
     def _exit(self, vcpu: Vcpu, function: Function, kind: ExitClass) -> None:
         vcpu.exit_function = function
-        engine = self._engine
-        self._exits.publish(vcpu, kind, engine.esr_el2, engine.exit_state())
+        self._exits.publish_call(vcpu, kind)

@@ -21,7 +21,7 @@ from pkvm.events import Recorder, Refusal, VmLife
 from pkvm.hyp import reset
 from pkvm.hyp.abi import ExitCode
 from pkvm.hyp.errors import Errno, HypBug, Refused
-from pkvm.hyp.exits import ExitClass, Exits, exit_code
+from pkvm.hyp.exits import ExitClass, Exits, nothing_but
 from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.policy import Policy
 from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
@@ -117,19 +117,19 @@ class PhysicalCpu:
         """VCPU_SYNC_STATE. Raises Refused(EINVAL) unless a non-protected vCPU is loaded."""
         self._sync(self.loaded(protected=False))
 
-    def run(self, flags: int, x0: int) -> int:
+    def run(self, flags: int, x0: int) -> tuple[int, ...]:
         """VCPU_RUN: run the loaded vCPU until an exit for the host. `flags` and `x0` are the host's
-        answer to its last exit. Returns the exit code; raises Refused(EINVAL) if none is loaded.
+        answer to its last exit. Returns X0 to X7; raises Refused(EINVAL) if none is loaded.
         Called without the lock."""
         with self.lock:
             vcpu = self.loaded()
             if not self._enter(vcpu, flags, x0):
-                return ExitCode.ILLEGAL
+                return nothing_but(ExitCode.ILLEGAL)
             self._running = True
         try:
             if self._engine.run() is not _VECTOR:
                 self._vector.interrupted(vcpu)
-            return exit_code(vcpu)
+            return self._exits.results if vcpu.vm.protected else self._nonprotected.results
         finally:
             self._running = False
 
