@@ -16,7 +16,13 @@ from typing import Protocol
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.smccc import SVE_HINT
 from pkvm.events import HostHypercall, Recorder, Refusal
-from pkvm.hyp.abi import HOST_CALL_BASE, SMCCC_NOT_SUPPORTED, SMCCC_SUCCESS, HostCall
+from pkvm.hyp.abi import (
+    HOST_CALL_BASE,
+    SMCCC_NOT_SUPPORTED,
+    SMCCC_SUCCESS,
+    ExitCode,
+    HostCall,
+)
 from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Refused
 from pkvm.hyp.exits import Exits
@@ -36,7 +42,14 @@ from pkvm.machine.memory import PhysicalMemory
 
 _FUNCTION_MASK = MASK64 & ~SVE_HINT
 _VCPU_RUN = int(HOST_CALL_BASE + HostCall.VCPU_RUN)
-_VCPU_RUN_NAME = HostCall.VCPU_RUN.name
+
+
+def _ran(result: int) -> HostHypercall:
+    return HostHypercall(HostCall.VCPU_RUN.name, result)
+
+
+_RAN = {int(code): _ran(int(code)) for code in ExitCode}
+"""The event of a VCPU_RUN that ended with an exit: always the same few, and often needed."""
 
 
 class Hardware(Protocol):
@@ -112,23 +125,29 @@ class Hypervisor:
         with self.cpu.lock:
             return self.table.vms()
 
-    def host_call(self, function_id: int, *args: int) -> tuple[int, ...]:
+    def host_call(
+        self, function_id: int, x1: int = 0, x2: int = 0, x3: int = 0, *more: int
+    ) -> tuple[int, ...]:
         """The host's HVC #0: X0 = `function_id` (HOST_CALL_BASE + n), arguments from X1 on.
 
         Returns X0 and X1, signed: (0, value or minus errno), or (-1, 0) for a function that does
         not exist; VCPU_RUN more registers (`RunResult`). Takes any numbers; raises nothing for any
         of them. An exception is a bug of EL2's.
         """
+        if function_id & _FUNCTION_MASK == _VCPU_RUN:
+            try:
+                results = self.cpu.run(x1, x2)
+            except Refused as refused:
+                results = SMCCC_SUCCESS, self._refuse(HostCall.VCPU_RUN.name, refused)
+            self._record(_RAN.get(results[1]) or _ran(results[1]))
+            return results
         function_id &= _FUNCTION_MASK
-        if function_id == _VCPU_RUN:
-            return self._vcpu_run(*args)
-        number = function_id - HOST_CALL_BASE
-        entry = self._calls.get(number)
+        entry = self._calls.get(function_id - HOST_CALL_BASE)
         if entry is None:
             why = f"function {function_id:#x} does not exist"
             self._record(Refusal("host_call", "function_id", 0, why))
             return SMCCC_NOT_SUPPORTED, 0
-        numbers = [arg & MASK64 for arg in args[: entry.arity]]
+        numbers = [arg & MASK64 for arg in (x1, x2, x3, *more)[: entry.arity]]
         numbers += [0] * (entry.arity - len(numbers))
         try:
             with self.cpu.lock:
@@ -137,15 +156,6 @@ class Hypervisor:
             result = self._refuse(entry.name, refused)
         self._record(HostHypercall(entry.name, result))
         return SMCCC_SUCCESS, result
-
-    def _vcpu_run(self, flags: int = 0, x0: int = 0, *_more: int) -> tuple[int, ...]:
-        try:
-            results = self.cpu.run(flags, x0 & MASK64)
-        except Refused as refused:
-            results = SMCCC_SUCCESS, self._refuse(_VCPU_RUN_NAME, refused)
-        # As HostHypercall(...) does it, without another Python call.
-        self._record(tuple.__new__(HostHypercall, (_VCPU_RUN_NAME, results[1])))
-        return results
 
     def _refuse(self, name: str, refused: Refused) -> int:
         """Announce a refusal; the host's X1."""

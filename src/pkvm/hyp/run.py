@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 
+from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import Affinity
 from pkvm.arm64.registers import HCR_EL2, MIDR_EL1, VTTBR_EL2
 from pkvm.events import Recorder, Refusal, VmLife
@@ -123,7 +124,7 @@ class PhysicalCpu:
         Called without the lock."""
         with self.lock:
             vcpu = self.loaded()
-            if not self._enter(vcpu, flags, x0):
+            if not self._enter(vcpu, flags, x0 & MASK64):
                 return nothing_but(ExitCode.ILLEGAL)
             self._running = True
         try:

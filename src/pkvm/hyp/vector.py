@@ -84,7 +84,7 @@ class Vector:
         """The vector while the protected `vcpu` is on the CPU. Hypercalls are what guests pay for
         most: they are served right here, with everything at hand, and their event is made as a
         tuple is, since `GuestHypercall(...)` is one more Python call."""
-        engine, x = self._engine, self._engine.x
+        syndrome, x = self._engine.syndrome, self._engine.x
         handlers = self._protected
         find, record = self._calls.services.get, self._record
         handle, index = vcpu.handle, vcpu.index
@@ -92,7 +92,7 @@ class Vector:
         hvc64 = int(EC.HVC64)
 
         def vector() -> bool:
-            esr = engine.esr_el2
+            esr = syndrome()
             ec = esr >> EC_SHIFT
             if ec != hvc64:
                 return handlers[ec](vcpu, esr)

@@ -55,8 +55,9 @@ class CpuContext:
     """
 
     x: MutableSequence[int]
+    syndrome: Callable[[], int]
     exit_state: Callable[[], tuple[int, int, int, int, int]]
-    """`CpuEngine.exit_state`: one call of C code."""
+    """`CpuEngine.syndrome` and `CpuEngine.exit_state`: one call of C code each."""
 
     def __init__(
         self,
@@ -86,6 +87,7 @@ class CpuContext:
         self._xregs = layout.xregs
         self._pc_word = layout.pc >> 3
         self._sp_word = (layout.xregs >> 3) + 31
+        self.syndrome = partial(self._words.__getitem__, (layout.esr_el >> 3) + 2)
         self.exit_state = partial(_exit_struct(layout).unpack_from, self._state, layout.pstate)
         self._esr_el2_word = (layout.esr_el >> 3) + 2
         self._far_el2_word = (layout.far_el >> 3) + 2

@@ -89,6 +89,10 @@ class CpuEngine(Protocol):
         """HPFAR_EL2 of the last stage-2 abort."""
         ...
 
+    def syndrome(self) -> int:
+        """`esr_el2`, read in the cheapest way: what a vector starts with."""
+        ...
+
     def exit_state(self) -> tuple[int, int, int, int, int]:
         """What an exit is about, in one read: a word whose low four bits are PSTATE.M[3:0], whether
         in AArch64 state (0 or 1), SCTLR_EL1, FAR_EL2, HPFAR_EL2. In AArch32 state the first says

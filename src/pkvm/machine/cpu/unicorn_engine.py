@@ -124,6 +124,7 @@ class UnicornEngine(CpuContext):
         self._lines_dropped = False
         self._stopping = threading.Lock()
         self._ownership = CpuOwnership(self._stop)
+        self._flags = self._ownership.flags
         self._running = threading.Lock()
         self._runner = 0
         self._reason: StopReason | None = None
@@ -302,7 +303,7 @@ class UnicornEngine(CpuContext):
         again here. Raises EngineError if a run is under way or the engine is closed."""
         if not self._running.acquire(False):
             raise EngineError("the engine is running already; its vector must not run it again")
-        flags = self._ownership.flags
+        flags, halves, aarch64 = self._flags, self._halves, self._aarch64_half
         try:
             self._runner = get_ident()
             flags[INSIDE] = True
@@ -314,35 +315,34 @@ class UnicornEngine(CpuContext):
                 if flags[INTERRUPTED]:
                     flags[INTERRUPTED] = False
                     return StopReason.INTERRUPT
-                reason = self._emulate()
-                if reason is not None:
-                    return reason
+                if self._no_exit[0] != 1:
+                    self._drop_translations()
+                if self._lines_dropped:
+                    self._lines_dropped = False
+                    self._update_lines()
+                if not halves[aarch64]:
+                    self._enter_aarch32()
+                status = self._start()
+                if not halves[aarch64]:
+                    self._leave_aarch32()
+                # Each exit to the host comes by here: no call more than it needs.
+                if self._reason is None or self._error is not None:
+                    self._reason = self._why_stopped(status)
+                if self._reason is not None:
+                    return self._reason
         finally:
             flags[INSIDE] = False
+            self._reason = None
             self._runner = 0
             self._running.release()
             if self._closed:
                 self._free()
 
-    def _emulate(self) -> StopReason | None:
-        """Start emulation once; None if it ended for no reason that EL2 knows."""
-        if self._no_exit[0] != 1:
-            self._drop_translations()
-        if self._lines_dropped:
-            self._lines_dropped = False
-            self._update_lines()
-        aarch64, half = self._halves, self._aarch64_half
-        if not aarch64[half]:
-            self._enter_aarch32()
-        status = self._start()
-        if not aarch64[half]:
-            self._leave_aarch32()
-        reason, self._reason = self._reason, None
+    def _why_stopped(self, status: int) -> StopReason | None:
+        """What else than the vector ended emulation; None for no reason that EL2 knows."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-        if reason is not None:
-            return reason
         if status:
             self._external_abort(status)
         if self._counters[thunks.LIMIT_REACHED]:
