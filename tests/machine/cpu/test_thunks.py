@@ -24,6 +24,8 @@ CELL = {
         (
             "PC",
             "COUNTERS",
+            "REQUESTS",
+            "PENDING",
             "NO_EXIT",
             "TARGET_EL",
             "AARCH64",
@@ -107,10 +109,21 @@ def test_aarch64_start_is_at_pc_without_end_or_limits() -> None:
 
 
 @pytest.mark.parametrize("number", [3, 4])
-def test_aarch64_abort_fills_far(number: int) -> None:
+def test_aarch64_abort_fills_far_and_stops(number: int) -> None:
     host = Aarch64Host()
-    assert host.exception(number)[0] == VECTOR
-    assert host.get("FAR_EL2") == 0x7000
+    assert host.exception(number) == (EMU_STOP, 0xAAAA)
+    assert (host.get("FAR_EL2"), host.get("PENDING")) == (0x7000, 1)
+    assert host.call(thunks.AARCH64.start, result=5)[0] == EMU_START
+    assert host.guest.engine.x[0] == thunks.ABORT & 0xFFFF_FFFF
+    assert host.get("PENDING") == 0
+
+
+@pytest.mark.parametrize("lines", [0x40, 0x200])
+def test_aarch64_abort_with_a_pending_interrupt_goes_to_the_vector(lines: int) -> None:
+    host = Aarch64Host()
+    host.set(REQUESTS=lines)
+    assert host.exception(4)[0] == VECTOR
+    assert (host.get("FAR_EL2"), host.get("PENDING")) == (0x7000, 0)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +172,7 @@ def test_code_leaves_room_for_its_pool(code: thunks.NativeCode) -> None:
     assert len(code.text) <= thunks.POOL_OFFSET
     image = thunks.image(code, {name: index for index, name in enumerate(thunks.POOL)})
     assert image[: len(code.text)] == code.text
-    assert struct.unpack_from("<16Q", image, thunks.POOL_OFFSET) == tuple(range(16))
+    assert struct.unpack_from("<18Q", image, thunks.POOL_OFFSET) == tuple(range(18))
 
 
 def test_hosts_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ instructions in an executable page:
 
 * An exception for EL1 is taken there and then (`arm_cpu_do_interrupt`).
 * An exception for EL2 from AArch64 state fills ESR_EL2, and FAR_EL2 for an
-  abort, and calls the VECTOR callback, which takes no arguments; emulation stops
-  if it returns anything but 0.
+  abort. An abort, which is nearly always for the host, stops emulation, and the
+  function that started it returns ABORT. Anything else, and an abort while a
+  virtual interrupt is pending (see `UnicornEngine._drop_lines`), calls the
+  VECTOR callback, which takes no arguments; emulation stops if it returns
+  anything but 0.
 * Everything else (AArch32 state, translations in doubt, the unexpected) goes to
   the SLOW callback, which takes a hook's arguments and could do it all: it is
   the hook itself on hosts without native code.
@@ -48,6 +51,8 @@ POOL = (
     "VECTOR",
     "SLOW",
     "COUNTERS",
+    "REQUESTS",
+    "PENDING",
     "NO_EXIT",
     "TARGET_EL",
     "AARCH64",
@@ -57,11 +62,13 @@ POOL = (
     "FAR_EL2",
 )
 """What the pool's words point to, in order."""
-POOL_OFFSET = 0x140
+POOL_OFFSET = 0x180
 COUNTER_WORDS = 4
 COUNT, LIMIT, LIMIT_REACHED, LAST_DELIVERY = range(COUNTER_WORDS)
 """Indices of the words at COUNTERS."""
 NO_LIMIT = (1 << 64) - 1
+ABORT = -1
+"""Status of a start that an abort to EL2 ended."""
 LAST_ARCHITECTURAL = 13
 """Highest QEMU exception number that `arm_cpu_do_interrupt` may be given from a hook."""
 
@@ -80,58 +87,64 @@ class NativeCode:
 X86_64 = NativeCode(
     text=bytes.fromhex(
         # exception:
-        "48 8b 05 81 01 00 00"  # mov rax,[NO_EXIT]
+        "48 8b 05 d1 01 00 00"  # mov rax,[NO_EXIT]
         "80 38 01"  # cmp byte [rax],0x1
-        "0f 85 a4 00 00 00"  # jne slow
+        "0f 85 c6 00 00 00"  # jne slow
         "83 fe 0d"  # cmp esi,0xd
-        "0f 87 9b 00 00 00"  # ja slow
-        "48 8b 05 70 01 00 00"  # mov rax,[TARGET_EL]
+        "0f 87 bd 00 00 00"  # ja slow
+        "48 8b 05 c0 01 00 00"  # mov rax,[TARGET_EL]
         "8b 00"  # mov eax,dword [rax]
         "83 f8 02"  # cmp eax,0x2
-        "74 3f"  # je to_el2
+        "74 43"  # je to_el2
         "83 f8 01"  # cmp eax,0x1
-        "0f 85 84 00 00 00"  # jne slow
+        "0f 85 a6 00 00 00"  # jne slow
         "48 83 ec 08"  # sub rsp,0x8
-        "48 8b 3d 0d 01 00 00"  # mov rdi,[CPU]
-        "ff 15 17 01 00 00"  # call [DO_INTERRUPT]
+        "48 8b 3d 4d 01 00 00"  # mov rdi,[CPU]
+        "ff 15 57 01 00 00"  # call [DO_INTERRUPT]
         "48 83 c4 08"  # add rsp,0x8
-        "48 8b 15 34 01 00 00"  # mov rdx,[COUNTERS]
+        "48 8b 15 74 01 00 00"  # mov rdx,[COUNTERS]
         "48 8b 02"  # mov rax,[rdx]
         "48 3b 42 18"  # cmp rax,[rdx+0x18]
-        "75 0c"  # jne delivered
+        "75 10"  # jne delivered
         "48 3b 42 08"  # cmp rax,[rdx+0x8]
-        "73 76"  # jae stop
+        "0f 83 94 00 00 00"  # jae stop
         "48 ff c0"  # inc rax
         "48 89 02"  # mov [rdx],rax
         # delivered:
         "48 89 42 18"  # mov [rdx+0x18],rax
         "c3"  # ret
         # to_el2:
-        "48 8b 05 2b 01 00 00"  # mov rax,[AARCH64]
+        "48 8b 05 77 01 00 00"  # mov rax,[AARCH64]
         "83 38 00"  # cmp dword [rax],0x0
-        "74 42"  # je slow
-        "48 8b 05 27 01 00 00"  # mov rax,[SYNDROME]
+        "74 60"  # je slow
+        "48 8b 05 73 01 00 00"  # mov rax,[SYNDROME]
         "8b 00"  # mov eax,dword [rax]
-        "48 8b 15 26 01 00 00"  # mov rdx,[ESR_EL2]
+        "48 8b 15 72 01 00 00"  # mov rdx,[ESR_EL2]
         "48 89 02"  # mov [rdx],rax
         "8d 46 fd"  # lea eax,[rsi-0x3]
         "83 f8 01"  # cmp eax,0x1
-        "77 14"  # ja vector
-        "48 8b 05 1c 01 00 00"  # mov rax,[VADDRESS]
+        "77 32"  # ja vector
+        "48 8b 05 68 01 00 00"  # mov rax,[VADDRESS]
         "48 8b 00"  # mov rax,[rax]
-        "48 8b 15 1a 01 00 00"  # mov rdx,[FAR_EL2]
+        "48 8b 15 66 01 00 00"  # mov rdx,[FAR_EL2]
         "48 89 02"  # mov [rdx],rax
+        "48 8b 05 1c 01 00 00"  # mov rax,[REQUESTS]
+        "f7 00 40 02 00 00"  # test dword [rax],0x240
+        "75 0f"  # jne vector
+        "48 8b 05 15 01 00 00"  # mov rax,[PENDING]
+        "c7 00 01 00 00 00"  # mov dword [rax],0x1
+        "eb 38"  # jmp halt
         # vector:
         "48 83 ec 08"  # sub rsp,0x8
-        "ff 15 c5 00 00 00"  # call [VECTOR]
+        "ff 15 e3 00 00 00"  # call [VECTOR]
         "48 83 c4 08"  # add rsp,0x8
         "85 c0"  # test eax,eax
         "75 26"  # jne halt
         "c3"  # ret
         # slow:
-        "ff 25 be 00 00 00"  # jmp [SLOW]
+        "ff 25 dc 00 00 00"  # jmp [SLOW]
         # block:
-        "48 8b 15 bf 00 00 00"  # mov rdx,[COUNTERS]
+        "48 8b 15 dd 00 00 00"  # mov rdx,[COUNTERS]
         "48 8b 02"  # mov rax,[rdx]
         "48 3b 42 08"  # cmp rax,[rdx+0x8]
         "73 07"  # jae stop
@@ -141,84 +154,102 @@ X86_64 = NativeCode(
         # stop:
         "48 c7 42 10 01 00 00 00"  # mov [rdx+0x10],0x1
         # halt:
-        "48 8b 3d 60 00 00 00"  # mov rdi,[UC]
-        "ff 25 82 00 00 00"  # jmp [EMU_STOP]
+        "48 8b 3d 7e 00 00 00"  # mov rdi,[UC]
+        "ff 25 a0 00 00 00"  # jmp [EMU_STOP]
         # start:
-        "48 8b 3d 53 00 00 00"  # mov rdi,[UC]
-        "48 8b 05 5c 00 00 00"  # mov rax,[PC]
+        "48 83 ec 08"  # sub rsp,0x8
+        "48 8b 3d 6d 00 00 00"  # mov rdi,[UC]
+        "48 8b 05 76 00 00 00"  # mov rax,[PC]
         "48 8b 30"  # mov rsi,[rax]
         "31 d2"  # xor edx,edx
         "31 c9"  # xor ecx,ecx
         "45 31 c0"  # xor r8d,r8d
-        "ff 25 5c 00 00 00"  # jmp [EMU_START]
+        "ff 15 76 00 00 00"  # call [EMU_START]
+        "48 83 c4 08"  # add rsp,0x8
+        "48 8b 15 9b 00 00 00"  # mov rdx,[PENDING]
+        "83 3a 00"  # cmp dword [rdx],0x0
+        "74 0b"  # je started
+        "c7 02 00 00 00 00"  # mov dword [rdx],0x0
+        "b8 ff ff ff ff"  # mov eax,0xffffffff
+        # started:
+        "c3"  # ret
     ),
     exception=0,
-    block=186,
-    start=230,
+    block=220,
+    start=264,
 )
 
 # AAPCS64: x0 = uc, w1 = exception number.
 AARCH64 = NativeCode(
     text=bytes.fromhex(
         # exception:
-        "49 0c 00 58"  # ldr x9, NO_EXIT
+        "c9 0e 00 58"  # ldr x9, NO_EXIT
         "29 01 40 39"  # ldrb w9, [x9]
         "3f 05 00 71"  # cmp w9, #0x1
-        "e1 05 00 54"  # b.ne slow
+        "01 07 00 54"  # b.ne slow
         "3f 34 00 71"  # cmp w1, #0xd
-        "a8 05 00 54"  # b.hi slow
-        "c9 0b 00 58"  # ldr x9, TARGET_EL
+        "c8 06 00 54"  # b.hi slow
+        "49 0e 00 58"  # ldr x9, TARGET_EL
         "29 01 40 b9"  # ldr w9, [x9]
         "3f 09 00 71"  # cmp w9, #0x2
         "80 02 00 54"  # b.eq to_el2
         "3f 05 00 71"  # cmp w9, #0x1
-        "e1 04 00 54"  # b.ne slow
+        "01 06 00 54"  # b.ne slow
         "fd 7b bf a9"  # stp x29, x30, [sp, #-16]!
         "fd 03 00 91"  # mov x29, sp
-        "80 08 00 58"  # ldr x0, CPU
-        "e9 08 00 58"  # ldr x9, DO_INTERRUPT
+        "80 0a 00 58"  # ldr x0, CPU
+        "e9 0a 00 58"  # ldr x9, DO_INTERRUPT
         "20 01 3f d6"  # blr x9
         "fd 7b c1 a8"  # ldp x29, x30, [sp], #16
-        "ca 09 00 58"  # ldr x10, COUNTERS
+        "ca 0b 00 58"  # ldr x10, COUNTERS
         "4b 31 40 a9"  # ldp x11, x12, [x10]
         "4d 0d 40 f9"  # ldr x13, [x10, #24]
         "7f 01 0d eb"  # cmp x11, x13
         "a1 00 00 54"  # b.ne delivered
         "7f 01 0c eb"  # cmp x11, x12
-        "62 04 00 54"  # b.cs stop
+        "82 05 00 54"  # b.cs stop
         "6b 05 00 91"  # add x11, x11, #0x1
         "4b 01 00 f9"  # str x11, [x10]
         # delivered:
         "4b 0d 00 f9"  # str x11, [x10, #24]
         "c0 03 5f d6"  # ret
         # to_el2:
-        "29 09 00 58"  # ldr x9, AARCH64
+        "a9 0b 00 58"  # ldr x9, AARCH64
         "29 01 40 b9"  # ldr w9, [x9]
-        "69 02 00 34"  # cbz w9, slow
-        "09 09 00 58"  # ldr x9, SYNDROME
+        "89 03 00 34"  # cbz w9, slow
+        "89 0b 00 58"  # ldr x9, SYNDROME
         "29 01 40 b9"  # ldr w9, [x9]
-        "0a 09 00 58"  # ldr x10, ESR_EL2
+        "8a 0b 00 58"  # ldr x10, ESR_EL2
         "49 01 00 f9"  # str x9, [x10]
         "29 0c 00 51"  # sub w9, w1, #0x3
         "3f 05 00 71"  # cmp w9, #0x1
-        "a8 00 00 54"  # b.hi vector
-        "a9 08 00 58"  # ldr x9, VADDRESS
+        "c8 01 00 54"  # b.hi vector
+        "29 0b 00 58"  # ldr x9, VADDRESS
         "29 01 40 f9"  # ldr x9, [x9]
-        "aa 08 00 58"  # ldr x10, FAR_EL2
+        "2a 0b 00 58"  # ldr x10, FAR_EL2
         "49 01 00 f9"  # str x9, [x10]
+        "e9 08 00 58"  # ldr x9, REQUESTS
+        "29 01 40 b9"  # ldr w9, [x9]
+        "0a 48 80 52"  # mov w10, #0x240
+        "3f 01 0a 6a"  # tst w9, w10
+        "a1 00 00 54"  # b.ne vector
+        "89 08 00 58"  # ldr x9, PENDING
+        "2a 00 80 52"  # mov w10, #0x1
+        "2a 01 00 b9"  # str w10, [x9]
+        "13 00 00 14"  # b halt
         # vector:
         "fd 7b bf a9"  # stp x29, x30, [sp, #-16]!
         "fd 03 00 91"  # mov x29, sp
-        "e9 05 00 58"  # ldr x9, VECTOR
+        "c9 06 00 58"  # ldr x9, VECTOR
         "20 01 3f d6"  # blr x9
         "fd 7b c1 a8"  # ldp x29, x30, [sp], #16
         "a0 01 00 35"  # cbnz w0, halt
         "c0 03 5f d6"  # ret
         # slow:
-        "89 05 00 58"  # ldr x9, SLOW
+        "69 06 00 58"  # ldr x9, SLOW
         "20 01 1f d6"  # br x9
         # block:
-        "8a 05 00 58"  # ldr x10, COUNTERS
+        "6a 06 00 58"  # ldr x10, COUNTERS
         "4b 31 40 a9"  # ldp x11, x12, [x10]
         "7f 01 0c eb"  # cmp x11, x12
         "82 00 00 54"  # b.cs stop
@@ -229,29 +260,39 @@ AARCH64 = NativeCode(
         "29 00 80 d2"  # mov x9, #0x1
         "49 09 00 f9"  # str x9, [x10, #16]
         # halt:
-        "60 02 00 58"  # ldr x0, UC
-        "89 03 00 58"  # ldr x9, EMU_STOP
+        "40 03 00 58"  # ldr x0, UC
+        "69 04 00 58"  # ldr x9, EMU_STOP
         "20 01 1f d6"  # br x9
         # start:
-        "00 02 00 58"  # ldr x0, UC
-        "69 02 00 58"  # ldr x9, PC
+        "fd 7b bf a9"  # stp x29, x30, [sp, #-16]!
+        "fd 03 00 91"  # mov x29, sp
+        "a0 02 00 58"  # ldr x0, UC
+        "09 03 00 58"  # ldr x9, PC
         "21 01 40 f9"  # ldr x1, [x9]
         "02 00 80 d2"  # mov x2, #0x0
         "03 00 80 d2"  # mov x3, #0x0
         "04 00 80 d2"  # mov x4, #0x0
-        "49 02 00 58"  # ldr x9, EMU_START
-        "20 01 1f d6"  # br x9
+        "e9 02 00 58"  # ldr x9, EMU_START
+        "20 01 3f d6"  # blr x9
+        "fd 7b c1 a8"  # ldp x29, x30, [sp], #16
+        "09 04 00 58"  # ldr x9, PENDING
+        "2a 01 40 b9"  # ldr w10, [x9]
+        "6a 00 00 34"  # cbz w10, started
+        "3f 01 00 b9"  # str wzr, [x9]
+        "00 00 80 12"  # mov w0, #0xffffffff
+        # started:
+        "c0 03 5f d6"  # ret
     ),
     exception=0,
-    block=208,
-    start=256,
+    block=244,
+    start=292,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class NativeHooks:
     """The two hooks, as addresses to give to `uc_hook_add`, and `start`, a C function without
-    arguments that returns `uc_emu_start`'s status; alive as long as this object."""
+    arguments that returns `uc_emu_start`'s status or ABORT; alive as long as this object."""
 
     exception: int
     block: int

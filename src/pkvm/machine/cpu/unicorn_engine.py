@@ -57,6 +57,7 @@ from pkvm.machine.cpu.library import (
     Library,
 )
 from pkvm.machine.cpu.sysregs import AARCH64_KEY
+from pkvm.machine.cpu.thunks import ABORT
 from pkvm.machine.cpu.timers import GenericTimer
 from pkvm.machine.cpu.unicorn_layout import LAYOUT
 from pkvm.machine.memory import PhysicalMemory
@@ -65,6 +66,8 @@ _DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in 
 _FNV = syndrome.ABORT_ISS["FnV"].mask
 _ABORTS = (3, 4)
 """QEMU's numbers of the exceptions that have a faulting address: prefetch and data abort."""
+_BY_VECTOR = StopReason.VECTOR
+"""A member of an enumeration is slow to look up."""
 _LINES = LAYOUT.interrupt_virq | LAYOUT.interrupt_vfiq
 _proven: set[str] = set()
 """Libraries that passed the self-test in this process."""
@@ -121,6 +124,8 @@ class UnicornEngine(CpuContext):
         self._no_exit[0] = 1
         requests = ctypes.c_uint32.from_address(addresses.cpu + LAYOUT.cpu_interrupt_request)
         self._requests: memoryview[int] = memoryview(requests).cast("B").cast("I")
+        self._abort_pending = ctypes.c_uint32()
+        """The native code's own."""
         self._lines_dropped = False
         self._stopping = threading.Lock()
         self._ownership = CpuOwnership(self._stop)
@@ -161,6 +166,8 @@ class UnicornEngine(CpuContext):
             "VECTOR": _address(self._vector_callback),
             "SLOW": self._exception_address,
             "COUNTERS": ctypes.addressof(ctypes.c_uint64.from_buffer(self._counters)),
+            "REQUESTS": addresses.cpu + LAYOUT.cpu_interrupt_request,
+            "PENDING": ctypes.addressof(self._abort_pending),
             "NO_EXIT": addresses.uc + LAYOUT.uc_no_exit_request,
             "TARGET_EL": env + LAYOUT.target_el,
             "AARCH64": env + LAYOUT.aarch64,
@@ -205,7 +212,6 @@ class UnicornEngine(CpuContext):
         EL2's vector. Every hypercall of a guest passes here, so all that it needs is local to
         it."""
         flags, requests = self._ownership.flags, self._requests
-        left_by_vector = StopReason.VECTOR
         vector: Callable[[], bool] = _no_vector
 
         def enter() -> bool:
@@ -220,7 +226,7 @@ class UnicornEngine(CpuContext):
                 self._ownership.give_way()
             if again:
                 return flags[INTERRUPTED]
-            self._reason = left_by_vector
+            self._reason = _BY_VECTOR
             if requests[0] & _LINES:
                 self._drop_lines()
             return True
@@ -322,10 +328,19 @@ class UnicornEngine(CpuContext):
                     self._update_lines()
                 if not halves[aarch64]:
                     self._enter_aarch32()
+                # Each exit to the host comes by here: no call more than it needs.
                 status = self._start()
+                if status == ABORT:
+                    flags[INSIDE] = False
+                    again = self._vector()
+                    flags[INSIDE] = True
+                    if again:
+                        continue
+                    if flags[WAITING]:
+                        self._ownership.give_way()
+                    return _BY_VECTOR
                 if not halves[aarch64]:
                     self._leave_aarch32()
-                # Each exit to the host comes by here: no call more than it needs.
                 if self._reason is None or self._error is not None:
                     self._reason = self._why_stopped(status)
                 if self._reason is not None:
