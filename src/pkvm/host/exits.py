@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
+from functools import lru_cache
 
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64.bits import MASK64
@@ -35,7 +36,6 @@ _MMIO_DATA = Run.UNION + 8
 _FSC_KIND = 0x3C
 _XZR = 31
 _W_MASK = (1 << 32) - 1
-_DATA_MASKS = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 _SAS_SHIFT = syndrome.SAS_SHIFT
 _EC_SHIFT = syndrome.EC_SHIFT
 
@@ -125,7 +125,8 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
         if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
             faults.share(vm, slot, ipa)
             return False
-    if not esr & ISV or esr & S1PTW or esr >> _EC_SHIFT == _IABT or ipa >> IPA_BITS:
+    is_access, size, is_write, mask = _access(esr)
+    if not is_access or ipa >> IPA_BITS:
         # No instruction to emulate, or no address that the VM could have a device at.
         vcpu.tell(_PENDING_EXCEPTION)
         return False
@@ -133,17 +134,24 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
         register = (esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
         x0 = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
         sctlr = vcpu.word(SCTLR_OFFSET)
-    size = 1 << (esr >> _SAS_SHIFT & 3)
-    is_write = esr & WNR != 0
     big_endian = sctlr != 0 and _is_big_endian(pstate, sctlr)
     data = 0
     if is_write:
-        data = x0 & _DATA_MASKS[size]
+        data = x0 & mask
         if big_endian:
             data = int.from_bytes(data.to_bytes(size, "big"), "little")
     vcpu.mmio = (size, is_write, big_endian, esr)
     _pack_mmio(vcpu.run, _MMIO_AT, _MMIO_EXIT, ipa, data, size, is_write)
     return True
+
+
+@lru_cache(maxsize=1024)
+def _access(esr: int) -> tuple[bool, int, bool, int]:
+    """What ESR_EL2 says of an abort: whether there is a load or store to emulate; its bytes,
+    whether it stores, and the mask of its data."""
+    is_access = bool(esr & ISV) and not esr & S1PTW and esr >> _EC_SHIFT != _IABT
+    size = 1 << (esr >> _SAS_SHIFT & 3)
+    return is_access, size, bool(esr & WNR), (1 << 8 * size) - 1
 
 
 def _is_big_endian(pstate: int, sctlr: int) -> bool:

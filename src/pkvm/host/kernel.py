@@ -125,7 +125,10 @@ class HostKernel:
         """ioctl(2); see `pkvm.kvm.kernel.Kernel`. EBADF for a descriptor that is not open."""
         request &= _REQUEST_MASK
         result = -errno.EINTR
-        self._lock.enter()
+        lock = self._lock
+        # `enter` and `leave` spelt out: an exit to the VMM is one ioctl.
+        if lock.waiting or not lock.take(False):
+            lock.enter()
         try:
             file = self._files.get(fd)
             if file is None:
@@ -143,7 +146,9 @@ class HostKernel:
                 if request == _RUN and not result
                 else IoctlEvent(fd, _REQUEST_NAMES.get(request) or hex(request), result)
             )
-            self._lock.leave()
+            lock.drop()
+            if lock.waiting:
+                lock.hand_over()
         return result
 
     def mmap(self, length: int) -> HostMemory:

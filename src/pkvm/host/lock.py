@@ -33,6 +33,10 @@ class KernelLock:
     def __init__(self, want: Callable[[], None]) -> None:
         self._want = want
         self._lock = threading.Lock()
+        self.take = self._lock.acquire
+        """Take the lock with one try: allowed to who saw nobody in `waiting`."""
+        self.drop = self._lock.release
+        """Release the lock; `hand_over` comes next if somebody is in `waiting`."""
         self._handing = threading.RLock()
         self.waiting: deque[Gate] = deque()
         """Who waits, in order."""
@@ -49,7 +53,7 @@ class KernelLock:
         gate = Gate()
         try:
             self.waiting.append(gate)
-            self._hand_over()
+            self.hand_over()
             if not gate.granted:
                 self._want()
             gate.lock.acquire()
@@ -61,9 +65,9 @@ class KernelLock:
         """Release the lock."""
         self._lock.release()
         if self.waiting:
-            self._hand_over()
+            self.hand_over()
 
-    def _hand_over(self) -> None:
+    def hand_over(self) -> None:
         """Take the lock, if it is free, for the thread that has waited longest."""
         with self._handing:
             if self.waiting and self._lock.acquire(False):

@@ -12,17 +12,19 @@ from __future__ import annotations
 import errno
 
 from pkvm.host import exits
-from pkvm.host.scheduler import KickedError, Runner, Scheduler
+from pkvm.host.host import Host
+from pkvm.host.scheduler import KickedError, Scheduler
 from pkvm.host.vcpu import Vcpu
-from pkvm.hyp.abi import HOST_CALL_BASE, ExitCode, HostCall
+from pkvm.hyp.abi import HOST_CALL_BASE, ExitCode, HostCall, RunResult
 from pkvm.uapi.kvm import ExitReason, MpState, Run
 
 _VCPU_RUN = int(HOST_CALL_BASE + HostCall.VCPU_RUN)
 _TRAP = int(ExitCode.TRAP)
 _STOPPED = MpState.STOPPED
 _IMMEDIATE_EXIT = Run.IMMEDIATE_EXIT
-_EXIT_REASON = slice(Run.EXIT_REASON, Run.EXIT_REASON + 4)
-_UNKNOWN = ExitReason.UNKNOWN.to_bytes(4, "little")
+_EXIT_REASON = Run.EXIT_REASON >> 2
+_UNKNOWN = int(ExitReason.UNKNOWN)
+_CODE = RunResult.CODE
 _SIGN = 1 << 63
 _WRAP = 1 << 64
 
@@ -43,16 +45,27 @@ def kvm_run(vcpu: Vcpu) -> None:
         _check_role(vcpu)
     if vcpu.mmio is not None:
         exits.complete_mmio(vcpu, vcpu.mmio)
-    run = vcpu.run
-    if run[_IMMEDIATE_EXIT]:
+    if vcpu.run[_IMMEDIATE_EXIT]:
         vcpu.exit_with(ExitReason.INTR)
         raise OSError(errno.EINTR, "immediate_exit is set")
-    run[_EXIT_REASON] = _UNKNOWN
-    sched = vm.host.sched
+    vcpu.run_words[_EXIT_REASON] = _UNKNOWN
+    host = vm.host
+    sched = host.sched
     runner = vcpu.runner
     sched.begin(runner)
     try:
-        while not _enter(vcpu, sched, runner):
+        while True:
+            if runner.kicked:
+                raise KickedError
+            if vcpu.mp_state is _STOPPED:
+                sched.sleep(runner)
+            elif sched.turn is not runner:
+                sched.take_turn(runner)
+            else:
+                if host.loaded is not vcpu:
+                    _load(vcpu)
+                if sched.enter_guest(runner) and _enter(vcpu, host, sched):
+                    return
             sched.breathe(runner)
     except KickedError:
         vcpu.exit_with(ExitReason.INTR)
@@ -61,35 +74,23 @@ def kvm_run(vcpu: Vcpu) -> None:
         sched.end(runner, keep_turn=vcpu.mmio is not None)
 
 
-def _enter(vcpu: Vcpu, sched: Scheduler, runner: Runner) -> bool:
-    """Run the guest once, as soon as it may run, and serve its exit; True if that is for the VMM.
-    Raises KickedError, OSError."""
-    if runner.kicked:
-        raise KickedError
-    if vcpu.mp_state is _STOPPED:
-        sched.sleep(runner)
-        return False
-    if sched.turn is not runner:
-        sched.take_turn(runner)
-        return False
+def _enter(vcpu: Vcpu, host: Host, sched: Scheduler) -> bool:
+    """Run the guest once and serve its exit; True if that is for the VMM. Called after
+    `Scheduler.enter_guest`. Raises KickedError, OSError."""
     vm = vcpu.vm
-    host = vm.host
-    if host.loaded is not vcpu:
-        _load(vcpu)
-    if not sched.enter_guest(runner):
-        return False
     if vm.primary is None and vm.protected:
         vm.primary = vcpu
     try:
         results = host.el2.door(_VCPU_RUN, vcpu.flags, vcpu.x0)
     finally:
         sched.leave_guest()
-    code = results[1]
-    if code & _SIGN:
+    code = results[_CODE]
+    if code == _TRAP:
+        vcpu.flags = 0
+        return exits.trap(vcpu, results)
+    if code < 0 or code & _SIGN:
         raise _refused(vcpu, code)
     vcpu.flags = 0
-    if code == _TRAP:
-        return exits.trap(vcpu, results)
     return exits.other(vcpu, results)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pkvm.host.vm import Vm
 
 _WORD = struct.Struct("<Q")
-_EXIT_REASON = struct.Struct("<I")
+_EXIT_REASON = Run.EXIT_REASON >> 2
 SCTLR_OFFSET = HostVcpu.SYSREGS + 8 * CONTEXT_SYSREGS.index(SCTLR_EL1)
 _DIRTY = int(VcpuFlag.DIRTY)
 _POWER_OFF = 1 << VcpuFeature.POWER_OFF
@@ -46,6 +46,8 @@ class Vcpu:
         """PA of the page that is shared with EL2 once `at_el2`."""
         self.run = bytearray(VCPU_MMAP_SIZE)
         """struct kvm_run and the page after it: what the VMM maps."""
+        self.run_words: memoryview[int] = memoryview(self.run).cast("I")
+        """The same as 32-bit words."""
         self.runner = Runner()
         self.mutex = threading.Lock()
         """Linux's vcpu->mutex: every ioctl of the vCPU fd holds it, KVM_RUN all the time. Taken
@@ -134,7 +136,7 @@ class Vcpu:
 
     def exit_with(self, reason: int) -> None:
         """Set kvm_run.exit_reason."""
-        _EXIT_REASON.pack_into(self.run, Run.EXIT_REASON, reason)
+        self.run_words[_EXIT_REASON] = reason
 
     def word(self, offset: int) -> int:
         """A 64-bit word of the page."""
