@@ -39,6 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from pkvm.arm64 import esr as e
@@ -116,6 +117,8 @@ class Rule(NamedTuple):
     """Of SCTLR_EL1."""
     value: Source | None = None
     """X0."""
+    stored: bool = False
+    """X0 is what a store puts on the bus: as many bytes of the register as the access has."""
     arguments: int | None = None
     """A PSCI call's: X0 is its function, and so many arguments follow."""
     # accepted
@@ -131,12 +134,6 @@ class Rule(NamedTuple):
 def _sys64_value(engine: CpuEngine, esr: int) -> int:
     rt = (esr & e.SYS64_RT_MASK) >> e.SYS64_RT_SHIFT
     return 0 if rt == XZR else engine.x[rt]
-
-
-def _stored_value(engine: CpuEngine, esr: int) -> int:
-    """The bytes that the store would put on the bus; nothing else of the register."""
-    rt = (esr & e.SRT_MASK) >> e.SRT_SHIFT
-    return 0 if rt == XZR else engine.x[rt] & _SIZE_MASKS[esr >> e.SAS_SHIFT & 3]
 
 
 def _read_sysreg(engine: CpuEngine, esr: int, value: int) -> None:
@@ -215,7 +212,7 @@ RULES: dict[ExitClass, Rule] = {
         reason="dabt_mmio", esr=_ESR_NO_SRT, advance=True, result=_loaded_value
     ),
     ExitClass.MMIO_WRITE: _DABT._replace(
-        reason="dabt_mmio", esr=_ESR_NO_SRT, value=_stored_value, advance=True
+        reason="dabt_mmio", esr=_ESR_NO_SRT, stored=True, advance=True
     ),
     ExitClass.DABT: _DABT._replace(esr=_ESR_NO_ISV),
     ExitClass.HYP_REQ: Rule("hyp_req", ExitCode.HYP_REQ),
@@ -238,10 +235,28 @@ _PUBLISHED = tuple(
     for rule in _BY_NUMBER
 )
 _ACCEPTED = tuple((rule.answer, rule.pending, rule.advance, rule.result) for rule in _BY_NUMBER)
+_TRAP = int(ExitCode.TRAP)
 _IRQ = int(ExitClass.IRQ)
+_DABT_FAR, _DABT_HPFAR, _DABT_MODE, _DABT_ENDIAN = (
+    _DABT.far, _DABT.hpfar, _DABT.mode, _DABT.endian,
+)  # fmt: skip
 _EXIT_CLASS, _EXIT_ESR, _EXIT_FAR = (
     Vcpu.index_of(name) for name in ("exit_class", "exit_esr", "exit_far")
 )
+
+
+@lru_cache(maxsize=1024)
+def _data_abort(esr: int) -> tuple[int, str, int, int, int]:
+    """What depends on ESR_EL2 alone of a data abort's exit: class, reason, the ESR that is shown,
+    the register of a store and the mask of what it stores."""
+    kind = ExitClass.DABT
+    if esr & e.ISV:
+        kind = ExitClass.MMIO_WRITE if esr & e.WNR else ExitClass.MMIO_READ
+    rule = RULES[kind]
+    register = (esr & e.SRT_MASK) >> e.SRT_SHIFT
+    if not rule.stored or register == XZR:
+        return int(kind), rule.reason, esr & rule.esr, 0, 0
+    return int(kind), rule.reason, esr & rule.esr, register, _SIZE_MASKS[esr >> e.SAS_SHIFT & 3]
 
 
 class Exits:
@@ -249,6 +264,7 @@ class Exits:
 
     def __init__(self, engine: CpuEngine, recorder: Recorder) -> None:
         self._engine = engine
+        self._x = engine.x
         self._record = recorder.record
         self.results = nothing_but(ExitCode.IRQ)
         """VCPU_RUN's registers from X0 on, for the last exit."""
@@ -279,6 +295,29 @@ class Exits:
         ipa = hpfar << 8 if hpfar_mask else NO_ADDRESS
         # As GuestExit(...) does it, without another Python call.
         self._record(tuple.__new__(GuestExit, (vcpu.handle, vcpu.index, reason, shown, ipa)))
+
+    def publish_data_abort(self, vcpu: Vcpu, esr: int, state: State) -> None:
+        """`publish` of a data abort, the class of which ESR_EL2 says. Every access to a device
+        comes by here, so that the mask of each word is a constant."""
+        kind, reason, shown, register, mask = _data_abort(esr)
+        mode, _, sctlr, far, hpfar = state
+        words = vcpu.words
+        words[_EXIT_CLASS] = kind
+        words[_EXIT_ESR] = esr
+        words[_EXIT_FAR] = far
+        hpfar &= _DABT_HPFAR
+        self.results = (
+            SMCCC_SUCCESS,
+            _TRAP,
+            shown,
+            self._x[register] & mask if mask else 0,
+            far & _DABT_FAR,
+            hpfar,
+            mode & _DABT_MODE,
+            sctlr & _DABT_ENDIAN,
+        )
+        event = (vcpu.handle, vcpu.index, reason, shown, hpfar << 8)
+        self._record(tuple.__new__(GuestExit, event))
 
     def publish_call(self, vcpu: Vcpu, kind: ExitClass) -> None:
         """Exit to the host for a PSCI call: its function id and so many arguments as it may see."""
@@ -316,7 +355,7 @@ class Exits:
         engine = self._engine
         answer, pending, advance, result = _ACCEPTED[kind]
         if answer is not None:
-            value = answer(vcpu, x0)
+            value = answer(vcpu, x0 & MASK64)
             engine.set_results(value, 0, 0, 0)
             if kind != ExitClass.SYSTEM_OFF:
                 self._record(GuestHypercall(vcpu.handle, vcpu.index, vcpu.exit_function, value))
@@ -324,7 +363,7 @@ class Exits:
             pending(engine, vcpu)
         elif flags & _INCREMENT_PC and advance:
             if result is not None:
-                result(engine, vcpu.exit_esr, x0)
+                result(engine, vcpu.exit_esr, x0 & MASK64)
             engine.skip_instruction()
 
 

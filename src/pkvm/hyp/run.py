@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import threading
 
-from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import Affinity
 from pkvm.arm64.registers import HCR_EL2, MIDR_EL1, VTTBR_EL2
 from pkvm.events import Recorder, Refusal, VmLife
@@ -64,8 +63,8 @@ class PhysicalCpu:
         self._midr = engine.read_sysreg(MIDR_EL1)
         self._loaded: Vcpu | None = None
         self._resident: Vcpu | None = None
-        self._traps_changed = False
-        """Whether HCR_EL2 is not what the loaded vCPU wants, though it is resident."""
+        self._ready: Vcpu | None = None
+        """The resident vCPU, if all of EL2's registers are what it needs."""
         self._running = False
 
     def loaded(self, protected: bool | None = None) -> Vcpu:
@@ -99,7 +98,7 @@ class PhysicalCpu:
         vcpu.loaded = 1
         if vcpu.wait_traps != hcr & WAIT_TRAPS:
             vcpu.wait_traps = hcr & WAIT_TRAPS
-            self._traps_changed = True
+            self._ready = None
         vm.users += 1
         self._loaded = vcpu
 
@@ -123,14 +122,21 @@ class PhysicalCpu:
         answer to its last exit. Returns X0 to X7; raises Refused(EINVAL) if none is loaded.
         Called without the lock."""
         with self.lock:
-            vcpu = self.loaded()
-            if not self._enter(vcpu, flags, x0 & MASK64):
+            vcpu = self._loaded
+            if vcpu is None or self._running:
+                vcpu = self.loaded()
+            protected, words = vcpu.vm.protected, vcpu.words
+            kind = words[_EXIT_CLASS]
+            # The usual case, without another call.
+            if protected and vcpu is self._ready and words[_POWER] == _ON and kind != _ILLEGAL:
+                self._exits.accept(vcpu, kind, flags, x0)
+            elif not self._enter(vcpu, flags, x0):
                 return nothing_but(ExitCode.ILLEGAL)
             self._running = True
         try:
             if self._engine.run() is not _VECTOR:
                 self._vector.interrupted(vcpu)
-            return self._exits.results if vcpu.vm.protected else self._nonprotected.results
+            return self._exits.results if protected else self._nonprotected.results
         finally:
             self._running = False
 
@@ -139,6 +145,7 @@ class PhysicalCpu:
         engine = self._engine
         if self._resident is not None and self._resident.vm is vm:
             self._resident = None
+            self._ready = None
             engine.reset_context()
             engine.write_sysreg(VTTBR_EL2, 0)
         engine.flush_tlb()
@@ -153,8 +160,7 @@ class PhysicalCpu:
             return self._cannot_run(vcpu, "illegal", "its last exit was illegal")
         power = vcpu.words[_POWER]
         if power == _ON:
-            if vcpu is not self._resident or self._traps_changed:
-                self._switch_to(vcpu)
+            self._switch_to(vcpu)
             self._exits.accept(vcpu, kind, flags, x0)
         elif power == Affinity.ON_PENDING:
             self._switch_to(vcpu)
@@ -184,9 +190,9 @@ class PhysicalCpu:
         """Make `vcpu` resident, and program EL2's registers for it."""
         engine = self._engine
         if self._resident is vcpu:
-            if self._traps_changed:
+            if self._ready is not vcpu:
                 engine.write_sysreg(HCR_EL2, hcr_of(vcpu))
-                self._traps_changed = False
+                self._ready = vcpu
             return
         if self._resident is not None:
             engine.save_context(self._resident.pa)
@@ -197,8 +203,8 @@ class PhysicalCpu:
         for register, value in control_registers(vcpu, self._midr):
             engine.write_sysreg(register, value)
         engine.flush_tlb()
-        self._traps_changed = False
         self._resident = vcpu
+        self._ready = vcpu
         self._vector.select(vcpu)
 
     def _sync(self, vcpu: Vcpu) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pkvm.arm64.bits import MASK64
-from pkvm.arm64.esr import EC, EC_SHIFT, ISV, SYS64_READ, WNR
+from pkvm.arm64.esr import EC, EC_SHIFT, SYS64_READ
 from pkvm.arm64.smccc import NOT_SUPPORTED
 from pkvm.events import GuestHypercall, GuestTrap, Recorder, Refusal
 from pkvm.hyp import inject
@@ -28,7 +28,6 @@ from pkvm.machine.cpu.engine import CpuEngine
 Handler = Callable[[Vcpu, int], bool]
 """(vcpu, ESR_EL2) -> whether to go on with the guest."""
 _CLASSES = 64
-_DABT, _MMIO_READ, _MMIO_WRITE = ExitClass.DABT, ExitClass.MMIO_READ, ExitClass.MMIO_WRITE
 
 
 class Vector:
@@ -50,7 +49,7 @@ class Vector:
         self._sysregs = sysregs
         self._record = recorder.record
         self._exit_state = engine.exit_state
-        self._publish = exits.publish
+        self._publish_data_abort = exits.publish_data_abort
         self._protected = _table(
             self._unhandled,
             {
@@ -145,14 +144,10 @@ class Vector:
         return self._exit(vcpu, ExitClass.IABT, esr)
 
     def _dabt(self, vcpu: Vcpu, esr: int) -> bool:
-        """`_exit`, spelt out for what devices are made of."""
         state = self._exit_state()
         if not state[1]:
             return self._drop(vcpu, "the guest is in AArch32 state")
-        kind = _DABT
-        if esr & ISV:
-            kind = _MMIO_WRITE if esr & WNR else _MMIO_READ
-        self._publish(vcpu, kind, esr, state)
+        self._publish_data_abort(vcpu, esr, state)
         return False
 
     def _undefined(self, vcpu: Vcpu, esr: int) -> bool:

@@ -116,8 +116,9 @@ class CpuContext:
 
     def skip_instruction(self) -> None:
         """PC + 4."""
-        words, pc = self._words, self._pc_word
-        words[pc] = words[pc] + 4 & MASK64
+        words = self._words
+        pc = words[self._pc_word] + 4
+        words[self._pc_word] = pc if pc <= MASK64 else pc & MASK64
 
     @property
     def esr_el2(self) -> int:
