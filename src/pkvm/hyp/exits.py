@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from pkvm.arm64 import esr as e
@@ -245,18 +245,21 @@ _EXIT_CLASS, _EXIT_ESR, _EXIT_FAR = (
 )
 
 
-@lru_cache(maxsize=1024)
-def _data_abort(esr: int) -> tuple[int, str, int, int, int]:
-    """What depends on ESR_EL2 alone of a data abort's exit: class, reason, the ESR that is shown,
-    the register of a store and the mask of what it stores."""
+def _data_abort_shown(
+    handle: int, index: int, esr: int, hpfar: int
+) -> tuple[int, int, int, int, GuestExit]:
+    """What depends on ESR_EL2 and HPFAR_EL2 alone of a data abort's exit: class, the ESR that is
+    shown, the register of a store and the mask of what it stores, the event."""
     kind = ExitClass.DABT
     if esr & e.ISV:
         kind = ExitClass.MMIO_WRITE if esr & e.WNR else ExitClass.MMIO_READ
     rule = RULES[kind]
+    shown = esr & rule.esr
+    event = GuestExit(handle, index, rule.reason, shown, (hpfar & _DABT_HPFAR) << 8)
     register = (esr & e.SRT_MASK) >> e.SRT_SHIFT
     if not rule.stored or register == XZR:
-        return int(kind), rule.reason, esr & rule.esr, 0, 0
-    return int(kind), rule.reason, esr & rule.esr, register, _SIZE_MASKS[esr >> e.SAS_SHIFT & 3]
+        return int(kind), shown, 0, 0, event
+    return int(kind), shown, register, _SIZE_MASKS[esr >> e.SAS_SHIFT & 3], event
 
 
 class Exits:
@@ -296,28 +299,37 @@ class Exits:
         # As GuestExit(...) does it, without another Python call.
         self._record(tuple.__new__(GuestExit, (vcpu.handle, vcpu.index, reason, shown, ipa)))
 
-    def publish_data_abort(self, vcpu: Vcpu, esr: int, state: State) -> None:
-        """`publish` of a data abort, the class of which ESR_EL2 says. Every access to a device
-        comes by here, so that the mask of each word is a constant."""
-        kind, reason, shown, register, mask = _data_abort(esr)
-        mode, _, sctlr, far, hpfar = state
-        words = vcpu.words
-        words[_EXIT_CLASS] = kind
-        words[_EXIT_ESR] = esr
-        words[_EXIT_FAR] = far
-        hpfar &= _DABT_HPFAR
-        self.results = (
-            SMCCC_SUCCESS,
-            _TRAP,
-            shown,
-            self._x[register] & mask if mask else 0,
-            far & _DABT_FAR,
-            hpfar,
-            mode & _DABT_MODE,
-            sctlr & _DABT_ENDIAN,
-        )
-        event = (vcpu.handle, vcpu.index, reason, shown, hpfar << 8)
-        self._record(tuple.__new__(GuestExit, event))
+    def data_abort_publisher(self, vcpu: Vcpu) -> Callable[[int], bool]:
+        """A function that takes ESR_EL2 and is `publish` of `vcpu`'s data aborts, the class of
+        which the syndrome says; it returns False, with nothing published, in AArch32 state.
+
+        Every access to a device comes by here, again and again the same few: everything is at
+        hand, the masks are constants, and what a syndrome and a page show is remembered.
+        """
+        shown_of = lru_cache(maxsize=1024)(partial(_data_abort_shown, vcpu.handle, vcpu.index))
+        state, x, record, words = self._engine.exit_state, self._x, self._record, vcpu.words
+
+        def publish(esr: int) -> bool:
+            mode, aarch64, sctlr, far, hpfar = state()
+            if not aarch64:
+                return False
+            words[_EXIT_CLASS], shown, register, mask, event = shown_of(esr, hpfar)
+            words[_EXIT_ESR] = esr
+            words[_EXIT_FAR] = far
+            self.results = (
+                SMCCC_SUCCESS,
+                _TRAP,
+                shown,
+                x[register] & mask if mask else 0,
+                far & _DABT_FAR,
+                hpfar & _DABT_HPFAR,
+                mode & _DABT_MODE,
+                sctlr & _DABT_ENDIAN,
+            )
+            record(event)
+            return True
+
+        return publish
 
     def publish_call(self, vcpu: Vcpu, kind: ExitClass) -> None:
         """Exit to the host for a PSCI call: its function id and so many arguments as it may see."""

@@ -28,6 +28,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 Handler = Callable[[Vcpu, int], bool]
 """(vcpu, ESR_EL2) -> whether to go on with the guest."""
 _CLASSES = 64
+_AARCH32 = "the guest is in AArch32 state"
 
 
 class Vector:
@@ -48,8 +49,6 @@ class Vector:
         self._calls = calls
         self._sysregs = sysregs
         self._record = recorder.record
-        self._exit_state = engine.exit_state
-        self._publish_data_abort = exits.publish_data_abort
         self._protected = _table(
             self._unhandled,
             {
@@ -57,7 +56,6 @@ class Vector:
                 EC.SYS64: self._sys64,
                 EC.WFX: self._wfx,
                 EC.IABT_LOW: self._iabt,
-                EC.DABT_LOW: self._dabt,
                 EC.UNKNOWN: self._undefined,
                 EC.SVE: self._undefined,
                 EC.PAUTH: self._undefined,
@@ -80,21 +78,25 @@ class Vector:
         engine.vector = vector
 
     def _make_protected_vector(self, vcpu: Vcpu) -> Callable[[], bool]:
-        """The vector while the protected `vcpu` is on the CPU. Hypercalls are what guests pay for
-        most: they are served right here, with everything at hand, and their event is made as a
-        tuple is, since `GuestHypercall(...)` is one more Python call."""
+        """The vector while the protected `vcpu` is on the CPU. Hypercalls and accesses to devices
+        are what guests pay for most: they are served right here, with everything at hand, and a
+        hypercall's event is made as a tuple is, since `GuestHypercall(...)` is one more Python
+        call."""
         syndrome, x = self._engine.syndrome, self._engine.x
         handlers = self._protected
         find, record = self._calls.services.get, self._record
         handle, index = vcpu.handle, vcpu.index
         event, make = GuestHypercall, tuple.__new__
-        hvc64 = int(EC.HVC64)
+        publish_data_abort = self._exits.data_abort_publisher(vcpu)
+        hvc64, data_abort = int(EC.HVC64), int(EC.DABT_LOW)
 
         def vector() -> bool:
             esr = syndrome()
             ec = esr >> EC_SHIFT
             if ec != hvc64:
-                return handlers[ec](vcpu, esr)
+                if ec != data_abort:
+                    return handlers[ec](vcpu, esr)
+                return not publish_data_abort(esr) and self._drop(vcpu, _AARCH32)
             function = x[0] & FUNCTION_MASK
             service = find(function)
             results = UNSUPPORTED if service is None else service(vcpu, x[1], x[2], x[3])
@@ -111,7 +113,7 @@ class Vector:
         if not vcpu.vm.protected:
             self._nonprotected.exit_irq(vcpu)
         elif self._is_aarch32():
-            self._drop(vcpu, "the guest is in AArch32 state")
+            self._drop(vcpu, _AARCH32)
         else:
             self._exits.publish_nothing(vcpu, ExitClass.IRQ)
 
@@ -143,31 +145,24 @@ class Vector:
     def _iabt(self, vcpu: Vcpu, esr: int) -> bool:
         return self._exit(vcpu, ExitClass.IABT, esr)
 
-    def _dabt(self, vcpu: Vcpu, esr: int) -> bool:
-        state = self._exit_state()
-        if not state[1]:
-            return self._drop(vcpu, "the guest is in AArch32 state")
-        self._publish_data_abort(vcpu, esr, state)
-        return False
-
     def _undefined(self, vcpu: Vcpu, esr: int) -> bool:
         """An instruction that the guest's ID registers do not have. Some CPUs give a trapped one
         EC 0 (unknown reason)."""
         if self._is_aarch32():
-            return self._drop(vcpu, "the guest is in AArch32 state")
+            return self._drop(vcpu, _AARCH32)
         inject.undefined(self._engine)
         self._record(GuestTrap(vcpu.handle, vcpu.index, "undef", esr))
         return True
 
     def _unhandled(self, vcpu: Vcpu, esr: int) -> bool:
         if self._is_aarch32():
-            return self._drop(vcpu, "the guest is in AArch32 state")
+            return self._drop(vcpu, _AARCH32)
         return self._drop(vcpu, f"exception class {esr >> EC_SHIFT:#x} has no handler")
 
     def _exit(self, vcpu: Vcpu, kind: ExitClass, esr: int) -> bool:
         state = self._engine.exit_state()
         if not state[1]:
-            return self._drop(vcpu, "the guest is in AArch32 state")
+            return self._drop(vcpu, _AARCH32)
         self._exits.publish(vcpu, kind, esr, state)
         return False
 

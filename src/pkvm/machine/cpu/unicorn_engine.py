@@ -130,8 +130,8 @@ class UnicornEngine(CpuContext):
         self._stopping = threading.Lock()
         self._ownership = CpuOwnership(self._stop)
         self._flags = self._ownership.flags
-        self._running = threading.Lock()
         self._runner = 0
+        """The thread that is in `run`, 0 for none."""
         self._reason: StopReason | None = None
         self._error: BaseException | None = None
         cpu_models.hide_half_precision(addresses.env + LAYOUT.isar_id_aa64pfr0)
@@ -307,11 +307,11 @@ class UnicornEngine(CpuContext):
     def run(self) -> StopReason:
         """Run the guest until EL2 gets the CPU back; what `vector` or `counter` raised is raised
         again here. Raises EngineError if a run is under way or the engine is closed."""
-        if not self._running.acquire(False):
+        if self._runner:
             raise EngineError("the engine is running already; its vector must not run it again")
+        self._runner = get_ident()
         flags, halves, aarch64 = self._flags, self._halves, self._aarch64_half
         try:
-            self._runner = get_ident()
             flags[INSIDE] = True
             while True:
                 if flags[WAITING]:
@@ -349,7 +349,6 @@ class UnicornEngine(CpuContext):
             flags[INSIDE] = False
             self._reason = None
             self._runner = 0
-            self._running.release()
             if self._closed:
                 self._free()
 
@@ -479,15 +478,12 @@ class UnicornEngine(CpuContext):
 
     def _free(self) -> None:
         """Free the engine unless a run is under way, which will call this at its end."""
-        if not self._running.acquire(blocking=False):
+        if self._runner:
             return
-        try:
-            with self._ownership, self._stopping:
-                if self._finalizer.alive:
-                    self._detach()
-                    self._finalizer()
-        finally:
-            self._running.release()
+        with self._ownership, self._stopping:
+            if self._finalizer.alive:
+                self._detach()
+                self._finalizer()
 
 
 def _address(callback: Any) -> int:
