@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -68,7 +69,7 @@ def test_threads_leave_the_level_that_the_kernel_was_told() -> None:
     for thread in threads:
         thread.join()
     levels = [level for _, level in vm.calls]
-    assert all(one != other for one, other in zip(levels, levels[1:], strict=False))
+    assert all(one != other for one, other in pairwise(levels))
     line.set(False)
     assert vm.calls[-1] == (1 << 24 | 32, False)
 
