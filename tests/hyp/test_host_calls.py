@@ -25,7 +25,7 @@ def el2() -> El2:
 @pytest.mark.parametrize(
     "function",
     [0, -1, HOST_CALL_BASE, HOST_CALL_BASE + 8, HOST_CALL_BASE + 10, HOST_CALL_BASE + 63,
-     HOST_CALL_BASE + 70, HOST_CALL_BASE - 1, 1 << 64, (1 << 70) + 5, -(1 << 65),
+     HOST_CALL_BASE + 71, HOST_CALL_BASE - 1, 1 << 64, (1 << 70) + 5, -(1 << 65),
      HOST_CALL_BASE + HostCall.RESERVE_VM | 1 << 32, HOST_CALL_BASE + HostCall.VCPU_RUN | 1 << 63],
 )  # fmt: skip
 def test_a_function_that_does_not_exist(el2: El2, function: int) -> None:

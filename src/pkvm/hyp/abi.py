@@ -26,10 +26,14 @@ SMCCC_NOT_SUPPORTED = -1
 class HostCall(IntEnum):
     """Hypercall numbers n. Arguments in order; pfn and gfn are PA and IPA >> 12."""
 
+    GIC_CONFIG = 6
+    """() -> ICH_VTR_EL2: how many list registers there are."""
     VCPU_RUN = 9
-    """(flags, x0) -> the registers of RunResult; X1 is -EINVAL if no vCPU is loaded. `flags` are
-    VcpuFlag, `x0` is what the host gives a protected vCPU (the transfer value); both are the
-    answer to the last exit and count for this entry alone."""
+    """(flags, x0, nr_lrs) -> the registers of RunResult; X1 is -EINVAL if no vCPU is loaded.
+    `flags` are VcpuFlag, `x0` is what the host gives a protected vCPU (the transfer value); both
+    are the answer to the last exit and count for this entry alone. `nr_lrs` list registers stand
+    in the vCPU's page (`HostVcpu.VGIC_LR`), at most as many as there are; after the run that is
+    where they are."""
     HOST_SHARE_HYP = 29
     """(pfn) -> 0: share one page with EL2."""
     HOST_UNSHARE_HYP = 30
@@ -76,6 +80,9 @@ class HostCall(IntEnum):
     """() -> bytes of a guest's stage-2 root, which is also its alignment."""
     FIRMWARE_INFO = 69
     """() -> bytes of the guest firmware that EL2 holds, 0 if none."""
+    VCPU_TIMER = 70
+    """(handle, index) -> 1 if the vCPU's virtual timer asserts its output now, else 0; -ENOENT if
+    there is no such vCPU."""
 
 
 class ExitCode(IntEnum):
@@ -178,6 +185,15 @@ class HostVcpu:
     """One word for each of CONTEXT_SYSREGS."""
     FP = 0x400
     """V0-V31 (512 bytes), FPSR and FPCR (u32 each)."""
+    VGIC_HCR = 0x880
+    """ICH_HCR_EL2. The host's: the enables of maintenance interrupts. After a run, EL2's: the same
+    and EOIcount."""
+    VGIC_VMCR = 0x888
+    """ICH_VMCR_EL2 after a run."""
+    VGIC_MISR = 0x890
+    """ICH_MISR_EL2 after a run."""
+    VGIC_LR = 0x8C0
+    """ICH_LR0_EL2 on (room for 16)."""
 
 
 VM_AREA_BYTES = 0x1000

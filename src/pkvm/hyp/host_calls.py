@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pkvm.arm64.gic import VTR_VALUE
 from pkvm.hyp.abi import HostCall
 from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Errno, Refused
@@ -48,6 +49,7 @@ class HostCalls:
         self.table: dict[int, Entry] = {
             call: Entry(call.name, arity, handler)
             for call, arity, handler in (
+                (HostCall.GIC_CONFIG, 0, lambda: VTR_VALUE),
                 (HostCall.HOST_SHARE_HYP, 1, mem.host_share_hyp),
                 (HostCall.HOST_UNSHARE_HYP, 1, mem.host_unshare_hyp),
                 (HostCall.HOST_DONATE_GUEST, 3, self._donate_guest),
@@ -69,6 +71,7 @@ class HostCalls:
                 (HostCall.RECLAIM_DYING_GUEST_RANGE, 3, life.reclaim_range),
                 (HostCall.PGD_INFO, 0, self._pgd_info),
                 (HostCall.FIRMWARE_INFO, 0, self._firmware_info),
+                (HostCall.VCPU_TIMER, 2, cpu.timer_output),
             )
         }
 

@@ -24,6 +24,7 @@ from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.exits import ExitClass, Exits, nothing_but
 from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.policy import Policy
+from pkvm.hyp.timer import Timers
 from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
 from pkvm.hyp.vcpu import CONTEXT_LIMIT, Vcpu
 from pkvm.hyp.vector import Vector
@@ -60,6 +61,7 @@ class PhysicalCpu:
         self._table = table
         self._policy = policy
         self._record = recorder.record
+        self._timers = Timers(engine)
         self._midr = engine.read_sysreg(MIDR_EL1)
         self._loaded: Vcpu | None = None
         self._resident: Vcpu | None = None
@@ -140,6 +142,14 @@ class PhysicalCpu:
         finally:
             self._running = False
 
+    def timer_output(self, handle: int, index: int) -> int:
+        """VCPU_TIMER. Raises Refused(ENOENT) if there is no such vCPU."""
+        vm = self._table.get(handle)
+        vcpu = vm.vcpus[index] if index < len(vm.vcpus) else None
+        if vcpu is None:
+            raise Refused(Errno.ENOENT, "vcpu_index", f"the VM has no vCPU {index}", vm=handle)
+        return self._timers.output(vcpu, vcpu is self._resident)
+
     def forget(self, vm: Vm) -> None:
         """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""
         engine = self._engine
@@ -196,6 +206,7 @@ class PhysicalCpu:
             return
         if self._resident is not None:
             engine.save_context(self._resident.pa)
+            self._timers.keep(self._resident)
         if vcpu.started:
             engine.load_context(vcpu.pa)
         else:

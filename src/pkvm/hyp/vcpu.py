@@ -59,6 +59,10 @@ class Vcpu(Area):
     """Index of the vCPU whose CPU_ON waits for this one."""
     on_target = Word(0x3C68)
     """Index of the vCPU that the CPU_ON of this one's last exit is about."""
+    vtimer_ctl = Word(0x3C70)
+    """CNTV_CTL_EL0 while another vCPU is on the CPU: ENABLE and IMASK."""
+    vtimer_cval = Word(0x3C78)
+    """CNTV_CVAL_EL0 while another vCPU is on the CPU."""
 
     def __init__(
         self, memory: PhysicalMemory, vm: Vm, index: int, vcpu_id: int, area_pa: int, host_pa: int
