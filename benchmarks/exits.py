@@ -24,7 +24,7 @@ from pkvm.vmm.loader import load_image
 from pkvm.vmm.vmm import Vmm
 
 CALLS = 20_000
-STORES = 4_000
+STORES = 20_000
 PAIRS = 7
 
 _HVC = 0xD400_0002

@@ -288,7 +288,7 @@ class FakeEl2:
     def _vcpu_sync_state(self) -> int:
         return 0
 
-    def _vcpu_run(self, flags: int, x0: int) -> int:
+    def _vcpu_run(self, flags: int, x0: int, nr_lrs: int = 0) -> int:
         return -errno.EINVAL if self.loaded is None else self.loaded.run(flags, x0)
 
     def _start_teardown_vm(self, handle: int) -> int:

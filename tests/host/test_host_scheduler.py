@@ -69,6 +69,19 @@ def wait_for(condition: Callable[[], bool]) -> None:
     raise AssertionError("it does not come about")
 
 
+def execute(sched: Scheduler, runner: Runner, guest: Callable[[], None] | None = None) -> bool:
+    """Run `guest` as the vCPU's code; whether it was run."""
+
+    def run(flags: int, x0: int, nr_lrs: int) -> tuple[int, ...]:
+        if guest is not None:
+            guest()
+        return flags, x0, nr_lrs
+
+    results = sched.execute(runner, run, 1, 2, 3)
+    assert results in (None, (1, 2, 3))
+    return results is not None
+
+
 def test_the_kernel_lock_goes_to_who_waits_longest() -> None:
     harness = Harness(virtual=False)
     sched = harness.sched
@@ -96,18 +109,19 @@ def test_a_thread_that_wants_the_kernel_interrupts_a_guest_only_in_real_time() -
         sched.lock.enter()
         sched.begin(runner)
         sched.take_turn(runner)
-        assert sched.enter_guest(runner)
 
         def visit(sched: Scheduler = sched) -> None:
             sched.lock.enter()
             sched.lock.leave()
 
-        harness.start(visit)
-        harness.waiters(1)
-        if not virtual:
-            assert harness.interrupts.acquire(timeout=TIMEOUT_S)
-        sched.leave_guest()
-        assert not sched.enter_guest(runner), "who waits comes first"
+        def guest(harness: Harness = harness, virtual: bool = virtual) -> None:
+            harness.start(visit)
+            harness.waiters(1)
+            if not virtual:
+                assert harness.interrupts.acquire(timeout=TIMEOUT_S)
+
+        assert execute(sched, runner, guest)
+        assert not execute(sched, runner), "who waits comes first"
         sched.breathe(runner)
         harness.join()
         assert not harness.interrupts.acquire(blocking=False)
@@ -179,9 +193,8 @@ def test_the_slice_goes_on_across_exits_and_each_takes_its_share() -> None:
     sched.take_turn(runner)
     for exits, used in enumerate((0, 1000, 2000)):
         harness.cpu.blocks = used
-        assert sched.enter_guest(runner)
+        assert execute(sched, runner)
         assert harness.cpu.slice == SLICE_BLOCKS - used - exits * EXIT_BLOCKS
-        sched.leave_guest()
         sched.end(runner, keep_turn=True)
         sched.begin(runner)
         assert sched.turn is runner
@@ -283,9 +296,11 @@ def test_real_a_waiting_vcpu_interrupts_when_the_slice_is_over() -> None:
     harness.waiters(1)
     sched.lock.leave()
     sched.lock.enter()
-    sched._guest = runner
-    assert harness.interrupts.acquire(timeout=TIMEOUT_S)
-    sched.leave_guest()
+
+    def guest() -> None:
+        assert harness.interrupts.acquire(timeout=TIMEOUT_S)
+
+    assert execute(sched, runner, guest)
     sched.breathe(runner)
     assert sched.turn is not runner
     sched.end(runner, keep_turn=False)
@@ -373,11 +388,13 @@ def test_a_kick_before_the_guest_is_seen_and_one_during_it_interrupts() -> None:
     sched.lock.enter()
     sched.begin(runner)
     sched.take_turn(runner)
-    assert sched.enter_guest(runner), "a kick that came too early is nobody's"
-    sched.kick(runner)
-    assert harness.interrupts.acquire(timeout=TIMEOUT_S)
-    sched.leave_guest()
-    assert not sched.enter_guest(runner)
+
+    def guest() -> None:
+        sched.kick(runner)
+        assert harness.interrupts.acquire(timeout=TIMEOUT_S)
+
+    assert execute(sched, runner, guest), "a kick that came too early is nobody's"
+    assert not execute(sched, runner)
     sched.end(runner, keep_turn=False)
     sched.lock.leave()
 

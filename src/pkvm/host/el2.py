@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from pkvm.events import Message, Recorder
 from pkvm.host.pages import PageAllocator
@@ -20,6 +21,10 @@ class El2:
 
     def __init__(self, door: Door, bus: Bus, pages: PageAllocator, recorder: Recorder) -> None:
         self.door = door
+        self.run: Callable[[int, int, int], tuple[int, ...]] = partial(
+            door, int(HOST_CALL_BASE + HostCall.VCPU_RUN)
+        )
+        """VCPU_RUN: (flags, X0, list registers) -> registers, `hyp.abi.RunResult`."""
         self._bus = bus
         self._pages = pages
         self._recorder = recorder

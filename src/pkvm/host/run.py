@@ -12,13 +12,11 @@ from __future__ import annotations
 import errno
 
 from pkvm.host import exits
-from pkvm.host.host import Host
-from pkvm.host.scheduler import KickedError, Scheduler
+from pkvm.host.scheduler import KickedError
 from pkvm.host.vcpu import Vcpu
-from pkvm.hyp.abi import HOST_CALL_BASE, ExitCode, HostCall, RunResult
+from pkvm.hyp.abi import ExitCode, RunResult
 from pkvm.uapi.kvm import ExitReason, MpState, Run
 
-_VCPU_RUN = int(HOST_CALL_BASE + HostCall.VCPU_RUN)
 _TRAP = int(ExitCode.TRAP)
 _STOPPED = MpState.STOPPED
 _IMMEDIATE_EXIT = Run.IMMEDIATE_EXIT
@@ -52,6 +50,7 @@ def kvm_run(vcpu: Vcpu) -> None:
     host = vm.host
     sched = host.sched
     runner = vcpu.runner
+    enter = host.el2.run
     sched.begin(runner)
     try:
         while True:
@@ -64,7 +63,10 @@ def kvm_run(vcpu: Vcpu) -> None:
             else:
                 if host.loaded is not vcpu:
                     _load(vcpu)
-                if sched.enter_guest(runner) and _enter(vcpu, host, sched):
+                if vm.primary is None and vm.protected:
+                    vm.primary = vcpu
+                results = sched.execute(runner, enter, vcpu.flags, vcpu.x0, vcpu.nr_lrs)
+                if results is not None and _exited(vcpu, results):
                     return
             sched.breathe(runner)
     except KickedError:
@@ -74,16 +76,8 @@ def kvm_run(vcpu: Vcpu) -> None:
         sched.end(runner, keep_turn=vcpu.mmio is not None)
 
 
-def _enter(vcpu: Vcpu, host: Host, sched: Scheduler) -> bool:
-    """Run the guest once and serve its exit; True if that is for the VMM. Called after
-    `Scheduler.enter_guest`. Raises KickedError, OSError."""
-    vm = vcpu.vm
-    if vm.primary is None and vm.protected:
-        vm.primary = vcpu
-    try:
-        results = host.el2.door(_VCPU_RUN, vcpu.flags, vcpu.x0)
-    finally:
-        sched.leave_guest()
+def _exited(vcpu: Vcpu, results: exits.Results) -> bool:
+    """Serve what VCPU_RUN returned; True if that is for the VMM. Raises KickedError, OSError."""
     code = results[_CODE]
     if code == _TRAP:
         vcpu.flags = 0

@@ -36,6 +36,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from threading import get_ident
 from typing import Protocol
 
 from pkvm.host.lock import KernelLock
@@ -51,6 +52,11 @@ hypervisor does few blocks and much work."""
 GRACE_S = 2.0
 _POLL_S = 0.05
 """How often a thread that waits for an absent vCPU looks whether it may stop waiting."""
+
+
+Run = Callable[[int, int, int], tuple[int, ...]]
+"""Runs the loaded vCPU until an exit for the host: (flags, X0, number of list registers) -> the
+registers that VCPU_RUN returns."""
 
 
 class BlockCounter(Protocol):
@@ -73,7 +79,7 @@ class KickedError(Exception):
 class Runner:
     """A vCPU as the scheduler knows it."""
 
-    __slots__ = ("asleep", "awaited_until", "in_run", "kicked", "thread")
+    __slots__ = ("asleep", "awaited_until", "carrier", "in_run", "kicked", "thread")
 
     def __init__(self) -> None:
         self.in_run = False
@@ -81,8 +87,10 @@ class Runner:
         self.kicked = False
         self.asleep = False
         """Waits for `wake`."""
+        self.carrier = 0
+        """The thread (`get_ident`) that brought the baton to user space, 0 for none."""
         self.thread: threading.Thread | None = None
-        """Who brought the baton to user space."""
+        """The same, with the virtual clock: there it matters whether it lives."""
         self.awaited_until = 0.0
         """Until when an absent vCPU without a thread is awaited (time.monotonic)."""
 
@@ -131,17 +139,18 @@ class Scheduler:
         runner.kicked = False
         runner.in_run = True
         if self.turn is runner:
-            runner.thread = None
+            runner.carrier = 0
             return
         with self._mutex:
-            carrier = self.turn.thread if self.turn is not None else None
-            if carrier is not None and carrier is threading.current_thread():
+            if self.turn is not None and self.turn.carrier == get_ident():
                 self._pass_turn()
 
     def end(self, runner: Runner, *, keep_turn: bool) -> None:
         """The KVM_RUN ends; `keep_turn` if the VMM will come back with an answer."""
         if keep_turn and self.turn is runner:
-            runner.thread = threading.current_thread()
+            if self._virtual:
+                runner.thread = threading.current_thread()
+            runner.carrier = get_ident()
             runner.in_run = False
             return
         with self._mutex:
@@ -171,25 +180,28 @@ class Scheduler:
         if self._guest is runner:
             self._interrupt()
 
-    def enter_guest(self, runner: Runner) -> bool:
-        """The CPU is about to run `runner`'s code. False if something is to be done first.
+    def execute(
+        self, runner: Runner, run: Run, flags: int, x0: int, nr_lrs: int
+    ) -> tuple[int, ...] | None:
+        """Let the CPU run `runner`'s code: `run(flags, x0, nr_lrs)`, and what that returned. None
+        if something is to be done first.
 
         Whoever wants something sets its flag and then looks at `_guest`; here it is the other way
         round, so that one of the two always sees the other.
         """
         self._guest = runner
-        if runner.kicked or self.lock.waiting:
-            self._guest = None
-            return False
-        if self._counter is not None:
+        try:
+            if runner.kicked or self.lock.waiting:
+                return None
+            if self._counter is None:
+                return run(flags, x0, nr_lrs)
             self._counter.set_slice(max(1, self._slice_end - self._counter.blocks))
-        return True
-
-    def leave_guest(self) -> None:
-        """The CPU is back in the host."""
-        self._guest = None
-        if self._counter is not None:
-            self._slice_end -= EXIT_BLOCKS
+            try:
+                return run(flags, x0, nr_lrs)
+            finally:
+                self._slice_end -= EXIT_BLOCKS
+        finally:
+            self._guest = None
 
     def take_turn(self, runner: Runner) -> None:
         """Wait until it is `runner`'s turn. Called and left with the kernel lock held, which is
@@ -270,7 +282,7 @@ class Scheduler:
     def _pass_turn(self) -> None:
         """End the turn; the longest-waiting vCPU is next."""
         if self.turn is not None:
-            self.turn.thread = None
+            self.turn.carrier = 0
             self.turn = None
         if self._queue:
             self._start_turn(self._queue.popleft())
@@ -297,7 +309,7 @@ class Scheduler:
             return False
         if not self._virtual:
             return self._now() >= self._slice_end
-        if holder.thread is not None:
+        if holder.carrier and holder.thread is not None:
             return not holder.thread.is_alive()
         return time.monotonic() >= holder.awaited_until
 

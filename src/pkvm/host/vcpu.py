@@ -67,6 +67,8 @@ class Vcpu:
         """`hyp.abi.VcpuFlag` for the next VCPU_RUN."""
         self.x0 = 0
         """The transfer value for the next VCPU_RUN, if the vCPU is protected."""
+        self.nr_lrs = 0
+        """List registers that the page holds for the next VCPU_RUN."""
         self.mmio: PendingMmio | None = None
 
     def init(self, argument: bytes) -> None:
