@@ -11,21 +11,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pkvm.cli import options, terminal
+from pkvm.cli import options, session, terminal
 from pkvm.cli.report import Result, as_json, as_text
+from pkvm.events import GuestExit
 from pkvm.trace.counting import CountingRecorder
 from pkvm.vmm.probes import Probes
-from pkvm.vmm.vmm import Moment, Vmm
+from pkvm.vmm.vmm import Moment, Outcome, Vmm
 
 if TYPE_CHECKING:
     from pkvm.check.census import Census
+    from pkvm.system import System
     from pkvm.trace.jsonl import JsonLinesRecorder
+
+QUIT = Outcome("interrupted", "ended at the console (escape key, then q)")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     options.add_guest_options(parser)
     options.add_machine_options(parser)
+    session.add_options(parser)
     group = parser.add_argument_group("what is tried and told")
     group.add_argument(
         "--probe-all",
@@ -46,6 +51,7 @@ def execute(args: argparse.Namespace) -> int:
     firmware = options.firmware(args)
     counting = CountingRecorder()
     console = terminal.Console(show=not args.json)
+    person = session.Session(console, interactive=_interactive(args), escape=args.escape)
     probes = Probes(seed=args.seed, everything=args.probe_all)
     pages: dict[str, Census] = {}
 
@@ -71,10 +77,15 @@ def execute(args: argparse.Namespace) -> int:
             protected=not args.unprotected,
             firmware=firmware if args.unprotected else None,
             console=console,
-            source=terminal.read_input,
+            source=person.take,
             observe=observe,
         )
         stack.enter_context(vmm)
+        stack.callback(person.close)
+        person.start(
+            on_quit=lambda: vmm.stop(QUIT),
+            on_inspect=lambda: _inspect(board.cpus, system, counting),
+        )
         started = time.perf_counter()
         outcome = vmm.run(args.timeout)
         seconds = time.perf_counter() - started
@@ -82,6 +93,23 @@ def execute(args: argparse.Namespace) -> int:
     paint = terminal.painter(sys.stdout)
     terminal.write_line(as_json(result) if args.json else as_text(result, paint))
     return result.status
+
+
+def _interactive(args: argparse.Namespace) -> bool:
+    """Whether somebody at a terminal talks to the guest: where one was asked for, and is shown."""
+    return args.console is not None and not args.json
+
+
+def _inspect(cpus: int, system: System, counting: CountingRecorder) -> str:
+    """What the guest is doing, in one paragraph."""
+    exits = counting.counts(GuestExit)
+    census = system.census()
+    most = sorted(exits.items(), key=lambda item: -item[1])[:4]
+    return (
+        f"{cpus} vCPU{'s' if cpus > 1 else ''}; {sum(exits.values())} exits to the host"
+        f" ({', '.join(f'{reason} {times}' for reason, times in most)}); pages of the guest: "
+        f"{census.guest['owned']} private, {census.guest['shared_with_host']} shared with the host"
+    )
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import TextIO
 
 COLOURS = {"good": "32", "bad": "31", "title": "1"}
+TEXT_LIMIT = 16 << 20
+"""Bytes of a guest's console that are kept for the report."""
 
 
 def painter(stream: TextIO) -> Callable[[str, str], str]:
@@ -44,26 +46,36 @@ def write_line(text: str) -> None:
 
 
 class Console:
-    """Takes what the guest writes; with `show` it goes to stdout at once, byte by byte."""
+    """Takes what the guest writes; with `show` it goes to stdout at once, byte by byte. The last
+    TEXT_LIMIT bytes at least are kept."""
 
     def __init__(self, *, show: bool) -> None:
         self._show = show
         self._bytes = bytearray()
+        self.translate: Callable[[bytes], bytes] | None = None
+        """What to make of bytes on their way to stdout; they are kept as they are."""
 
     def __call__(self, data: bytes) -> None:
-        """Take some bytes."""
+        """Take some bytes. Errors as `write`."""
         self._bytes += data
+        if len(self._bytes) > 2 * TEXT_LIMIT:
+            del self._bytes[:-TEXT_LIMIT]
         if self._show:
-            write(data)
+            write(data if self.translate is None else self.translate(data))
+
+    @property
+    def at_line_start(self) -> bool:
+        """Whether the guest's last line is complete."""
+        return not self._bytes or self._bytes.endswith(b"\n")
 
     def end_line(self) -> None:
         """If the guest left its last line open, close it on stdout."""
-        if self._show and self._bytes and not self._bytes.endswith(b"\n"):
+        if self._show and not self.at_line_start:
             write(b"\n")
 
     @property
     def text(self) -> str:
-        """All of it; what is not UTF-8 shows as escapes."""
+        """All that is kept; what is not UTF-8 shows as escapes."""
         return self._bytes.decode(errors="backslashreplace")
 
 

@@ -83,6 +83,7 @@ class Device(Protocol):
         ...
 
 
+STOPPED = Outcome("stopped", "the VMM stopped the guest")
 _SYSTEM_EVENTS = {
     "shutdown": Outcome("powered-off", "the guest powered off (PSCI SYSTEM_OFF)"),
     "reset": Outcome("reset", "the guest asked for a reset (PSCI SYSTEM_RESET)"),
@@ -226,9 +227,9 @@ class Vmm:
         self._look(Moment.END)
         return self._outcome
 
-    def stop(self) -> None:
-        """End the run from another thread: its outcome is "stopped"."""
-        self._end(Outcome("stopped", "the VMM stopped the guest"))
+    def stop(self, outcome: Outcome = STOPPED) -> None:
+        """End the run from another thread, with this outcome."""
+        self._end(outcome)
 
     def close(self) -> None:
         """Close vCPUs and VM and give the memory back. Idempotent."""
@@ -299,7 +300,7 @@ class Vmm:
         match exit_:
             case Intr():
                 if self._ended.is_set():
-                    return Outcome("stopped", "the VMM stopped the guest")
+                    return STOPPED
                 return None
             case SystemEvent(kind=kind):
                 return _SYSTEM_EVENTS.get(
