@@ -111,7 +111,7 @@ def _words(error: Exception) -> tuple[str, int]:
             return f"{error.filename}: {error.strerror}", status.USAGE
         case EngineError() | TraceError() | OutputError():
             return str(error), status.FAILED
-        case ModuleNotFoundError(name="numpy" | "unicorn" | "elftools"):
+        case ModuleNotFoundError(name="numpy" | "unicorn" | "elftools" | "zstandard"):
             return f"{error}: install it with pip install pkvm", status.FAILED
     return (
         f"internal error ({type(error).__name__}: {error}): please report it, with what "

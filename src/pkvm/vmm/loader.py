@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Images: flat binaries and ELF files, from bytes to segments at IPAs.
+"""Images: flat binaries, ELF files and kernel files, from bytes to segments at IPAs.
 
 An image comes from a user and may be anything. Whatever is wrong with it is a
 `LoadError` that says what to do; what passes lies wholly in RAM, behind the
@@ -16,6 +16,9 @@ from pkvm.vmm.board import DTB_BYTES, IMAGE_BASE, RAM_BASE, Board
 from pkvm.vmm.errors import LoadError
 
 ELF_MAGIC = b"\x7fELF"
+GZIP_MAGIC = b"\x1f\x8b"
+IMAGE_MAGIC = b"ARM\x64"
+IMAGE_MAGIC_AT = 56
 _HOW_TO_LINK = (
     f"link it statically at {IMAGE_BASE:#x} or above (ld -static -no-pie -Ttext={IMAGE_BASE:#x})"
 )
@@ -39,6 +42,8 @@ class Image(NamedTuple):
 
     segments: tuple[Segment, ...]
     entry: int
+    page_bytes: int = 0
+    """The granule of the kernel's own page tables, if its header says: 4, 16 or 64 KiB; else 0."""
 
     @property
     def base(self) -> int:
@@ -51,14 +56,34 @@ class Image(NamedTuple):
         return max(segment.end for segment in self.segments) - self.base
 
 
+def is_image_format(data: bytes) -> bool:
+    """Whether these bytes have the header of Linux's arm64 `Image`."""
+    return data[IMAGE_MAGIC_AT : IMAGE_MAGIC_AT + 4] == IMAGE_MAGIC
+
+
+def is_zboot(data: bytes) -> bool:
+    """Whether these bytes begin like an EFI zboot file."""
+    return data[:2] == b"MZ" and data[4:8] == b"zimg"
+
+
+def is_kernel_file(data: bytes) -> bool:
+    """Whether these bytes begin like a kernel file: an Image, a gzip file or an EFI zboot file."""
+    return is_image_format(data) or is_zboot(data) or data.startswith(GZIP_MAGIC)
+
+
 def load_image(data: bytes, board: Board) -> Image:
-    """An ELF file by its own physical addresses, anything else as a flat binary at IMAGE_BASE.
-    Raises LoadError."""
+    """An ELF file by its own physical addresses, a kernel file where its header says, anything
+    else as a flat binary at IMAGE_BASE. Raises LoadError."""
     if not data:
         raise LoadError("the image is empty")
     if data.startswith(ELF_MAGIC):
         return _load_elf(data, board)
-    room = board.ram_end - IMAGE_BASE
+    if is_kernel_file(data):
+        # Imported here: not every run has a kernel.
+        from pkvm.vmm.kernel_file import load_kernel
+
+        return load_kernel(data, board)
+    room = board.bounce_base - IMAGE_BASE
     if len(data) > room:
         raise LoadError(
             f"the image has {len(data)} bytes, and RAM has room for {max(room, 0)} behind the "
@@ -147,10 +172,10 @@ def _segment(number: int, phdr: Any, data: bytes, board: Board) -> Segment:
             "the file is truncated, copy it again"
         )
     first = RAM_BASE + DTB_BYTES
-    if ipa < first or ipa + in_memory > board.ram_end:
+    if ipa < first or ipa + in_memory > board.bounce_base:
         raise LoadError(
             f"ELF segment {number} ({ipa:#x} to {ipa + in_memory:#x}) does not lie in the RAM "
-            f"that images may use ({first:#x} to {board.ram_end:#x}; the device tree is below): "
-            f"{_HOW_TO_LINK}, or give the guest more with --memory"
+            f"that images may use ({first:#x} to {board.bounce_base:#x}; the device tree is "
+            f"below): {_HOW_TO_LINK}, or give the guest more with --memory"
         )
     return Segment(ipa, data[offset : offset + in_file], in_memory)
