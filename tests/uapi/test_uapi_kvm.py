@@ -20,6 +20,9 @@ def test_request_numbers() -> None:
         "GET_VCPU_MMAP_SIZE": "0xae04",
         "CREATE_VCPU": "0xae41",
         "SET_USER_MEMORY_REGION": "0x4020ae46",
+        "CREATE_IRQCHIP": "0xae60",
+        "IRQ_LINE": "0x4008ae61",
+        "IRQFD": "0x4020ae76",
         "RUN": "0xae80",
         "GET_MP_STATE": "0x8004ae98",
         "SET_MP_STATE": "0x4004ae99",
@@ -29,6 +32,10 @@ def test_request_numbers() -> None:
         "ARM_VCPU_INIT": "0x4020aeae",
         "ARM_PREFERRED_TARGET": "0x8020aeaf",
         "GET_REG_LIST": "0xc008aeb0",
+        "CREATE_DEVICE": "0xc00caee0",
+        "SET_DEVICE_ATTR": "0x4018aee1",
+        "GET_DEVICE_ATTR": "0x4018aee2",
+        "HAS_DEVICE_ATTR": "0x4018aee3",
     }
 
 
@@ -39,11 +46,21 @@ def test_a_requests_size_is_that_of_its_structure() -> None:
         kvm.Ioctl.ENABLE_CAP: kvm.ENABLE_CAP.size,
         kvm.Ioctl.GET_ONE_REG: kvm.ONE_REG.size,
         kvm.Ioctl.ARM_VCPU_INIT: kvm.VCPU_INIT.size,
+        kvm.Ioctl.CREATE_DEVICE: kvm.CREATE_DEVICE.size,
+        kvm.Ioctl.SET_DEVICE_ATTR: kvm.DEVICE_ATTR.size,
+        kvm.Ioctl.IRQ_LINE: kvm.IRQ_LEVEL.size,
+        kvm.Ioctl.IRQFD: kvm.IRQFD.size,
     }
     for request, size in sizes.items():
         assert request >> 16 & 0x3FFF == size
     assert kvm.PROTECTED_VM_INFO.size == 64
     assert kvm.DmaCopy.ARGS.size == kvm.DmaCopy.COPY >> 16 & 0x3FFF
+
+
+def test_irq_numbers() -> None:
+    assert kvm.irq_number(kvm.IrqType.SPI, 33) == 0x0100_0021
+    assert kvm.irq_number(kvm.IrqType.PPI, 27, 0x103) == 0x1203_001B
+    assert kvm.redist_region(1, 0x80A_0000, 4) == 4 << 52 | 0x80A_0001
 
 
 def test_enable_cap_layout() -> None:

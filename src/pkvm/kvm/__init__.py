@@ -6,6 +6,7 @@ Errors are the kernel's, as OSError. `Vcpu.run` returns what happened as a
 record to `match` on.
 """
 
+from pkvm.kvm.device import Device
 from pkvm.kvm.exits import Exit, FailEntry, InternalError, Intr, Mmio, SystemEvent, Unknown
 from pkvm.kvm.kernel import Kernel, Memory, RunPage
 from pkvm.kvm.kvm import Kvm
@@ -13,6 +14,7 @@ from pkvm.kvm.vcpu import Vcpu
 from pkvm.kvm.vm import ProtectedVmInfo, Vm
 
 __all__ = [
+    "Device",
     "Exit",
     "FailEntry",
     "InternalError",

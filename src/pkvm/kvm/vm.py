@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
+from pkvm.kvm.device import Device
 from pkvm.kvm.kernel import Memory
 from pkvm.kvm.scratch import SCRATCH_BYTES, Scratch
 from pkvm.kvm.vcpu import Vcpu
@@ -99,6 +101,42 @@ class Vm:
         self.enable_cap(uapi.Cap.ARM_PROTECTED_VM, uapi.ProtectedVm.INFO, args)
         words = uapi.PROTECTED_VM_INFO.unpack(memory.read(0, uapi.PROTECTED_VM_INFO.size))
         return ProtectedVmInfo(words[0], words[1])
+
+    def create_device(self, kind: int) -> Device:
+        """KVM_CREATE_DEVICE (KVM API 4.79): a device of the kernel's, by `uapi.DeviceType`."""
+        argument = bytearray(uapi.CREATE_DEVICE.pack(kind, 0, 0))
+        self._kernel.ioctl(self.fd, uapi.Ioctl.CREATE_DEVICE, argument)
+        return Device(self, uapi.CREATE_DEVICE.unpack(argument)[1])
+
+    def has_device(self, kind: int) -> bool:
+        """KVM_CREATE_DEVICE with the flag TEST: whether the kernel could make such a device."""
+        argument = bytearray(uapi.CREATE_DEVICE.pack(kind, 0, uapi.CREATE_DEVICE_TEST))
+        try:
+            self._kernel.ioctl(self.fd, uapi.Ioctl.CREATE_DEVICE, argument)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return False
+            raise
+        return True
+
+    def irq_line(self, irq: int, level: bool) -> None:
+        """KVM_IRQ_LINE (KVM API 4.25): set the level of an input of the interrupt controller, or a
+        rising edge. `irq` is a `uapi.irq_number`. From any thread."""
+        argument = bytearray(uapi.IRQ_LEVEL.pack(irq, int(level)))
+        self._kernel.ioctl(self.fd, uapi.Ioctl.IRQ_LINE, argument)
+
+    def irqfd(self, fd: int, spi: int, *, resample_fd: int | None = None) -> None:
+        """KVM_IRQFD (KVM API 4.75): each signal of the eventfd `fd` is an interrupt on `spi`, SPI
+        0 being INTID 32. With `resample_fd` the line stays high until the guest has handled it;
+        then the kernel lowers it and signals that eventfd."""
+        flags = 0 if resample_fd is None else uapi.IrqfdFlag.RESAMPLE
+        argument = bytearray(uapi.IRQFD.pack(fd, spi, flags, resample_fd or 0))
+        self._kernel.ioctl(self.fd, uapi.Ioctl.IRQFD, argument)
+
+    def deassign_irqfd(self, fd: int, spi: int) -> None:
+        """KVM_IRQFD with the flag DEASSIGN: undo `irqfd`. The eventfd must still be open."""
+        argument = bytearray(uapi.IRQFD.pack(fd, spi, uapi.IrqfdFlag.DEASSIGN, 0))
+        self._kernel.ioctl(self.fd, uapi.Ioctl.IRQFD, argument)
 
     def close(self) -> None:
         """Close the descriptor; the VM lives until its vCPUs' are closed too. Idempotent."""

@@ -27,6 +27,9 @@ class Ioctl(IntEnum):
     GET_VCPU_MMAP_SIZE = _ioc(0, 0x04, 0)
     CREATE_VCPU = _ioc(0, 0x41, 0)
     SET_USER_MEMORY_REGION = _ioc(1, 0x46, 32)
+    CREATE_IRQCHIP = _ioc(0, 0x60, 0)
+    IRQ_LINE = _ioc(1, 0x61, 8)
+    IRQFD = _ioc(1, 0x76, 32)
     RUN = _ioc(0, 0x80, 0)
     GET_MP_STATE = _ioc(2, 0x98, 4)
     SET_MP_STATE = _ioc(1, 0x99, 4)
@@ -36,21 +39,29 @@ class Ioctl(IntEnum):
     ARM_VCPU_INIT = _ioc(1, 0xAE, 32)
     ARM_PREFERRED_TARGET = _ioc(2, 0xAF, 32)
     GET_REG_LIST = _ioc(3, 0xB0, 8)
+    CREATE_DEVICE = _ioc(3, 0xE0, 12)
+    SET_DEVICE_ATTR = _ioc(1, 0xE1, 24)
+    GET_DEVICE_ATTR = _ioc(1, 0xE2, 24)
+    HAS_DEVICE_ATTR = _ioc(1, 0xE3, 24)
 
 
 class Cap(IntEnum):
     """KVM_CHECK_EXTENSION and KVM_ENABLE_CAP numbers."""
 
+    IRQCHIP = 0
     USER_MEMORY = 3
     NR_VCPUS = 9
     NR_MEMSLOTS = 10
     MP_STATE = 14
     SYNC_MMU = 16
     DESTROY_MEMORY_REGION_WORKS = 21
+    IRQFD = 32
     MAX_VCPUS = 66
     ONE_REG = 70
     READONLY_MEM = 81
+    IRQFD_RESAMPLE = 82
     ARM_PSCI = 87
+    DEVICE_CTRL = 89
     ARM_EL1_32BIT = 93
     ENABLE_CAP_VM = 98
     ARM_PSCI_0_2 = 102
@@ -58,6 +69,7 @@ class Cap(IntEnum):
     MAX_VCPU_ID = 128
     IMMEDIATE_EXIT = 136
     ARM_VM_IPA_SIZE = 165
+    ARM_IRQ_LINE_LAYOUT_2 = 174
     ARM_PROTECTED_VM = 199
     """The RFC's number (facts §1.2)."""
 
@@ -209,6 +221,90 @@ def sysreg(encoding: int) -> int:
 
 
 REG_PSCI_VERSION = REG_ARM64 | REG_SIZE_U64 | REG_ARM_FW | 0
+
+
+class DeviceType(IntEnum):
+    """kvm_create_device.type, as far as arm64 has them."""
+
+    ARM_VGIC_V2 = 5
+    ARM_VGIC_V3 = 7
+    ARM_VGIC_ITS = 8
+
+
+CREATE_DEVICE_TEST = 1
+"""kvm_create_device.flags: say whether the type is there, make nothing."""
+CREATE_DEVICE = struct.Struct("<III")
+"""kvm_create_device: type, fd (the answer), flags."""
+DEVICE_ATTR = struct.Struct("<IIQQ")
+"""kvm_device_attr: flags, group, attr, addr (of the value)."""
+IRQ_LEVEL = struct.Struct("<II")
+"""kvm_irq_level: irq (`irq_number`), level."""
+IRQFD = struct.Struct("<IIII16x")
+"""kvm_irqfd: fd, gsi, flags, resamplefd."""
+
+
+class IrqfdFlag(IntFlag):
+    """kvm_irqfd.flags."""
+
+    DEASSIGN = 1
+    RESAMPLE = 2
+
+
+class VgicGroup(IntEnum):
+    """kvm_device_attr.group of the GICv3 (Documentation/virt/kvm/devices/arm-vgic-v3.rst)."""
+
+    ADDR = 0
+    DIST_REGS = 1
+    NR_IRQS = 3
+    CTRL = 4
+    REDIST_REGS = 5
+    CPU_SYSREGS = 6
+    LEVEL_INFO = 7
+
+
+class VgicAddr(IntEnum):
+    """Attributes of VgicGroup.ADDR; the value is a 64-bit IPA, for REDIST_REGION a
+    `redist_region`."""
+
+    DIST = 2
+    REDIST = 3
+    REDIST_REGION = 5
+
+
+class VgicCtrl(IntEnum):
+    """Attributes of VgicGroup.CTRL."""
+
+    INIT = 0
+    SAVE_PENDING_TABLES = 3
+
+
+VGIC_MPIDR_SHIFT = 32
+"""In the attribute of REDIST_REGS, CPU_SYSREGS and LEVEL_INFO: the vCPU's affinity, Aff3 to Aff0 a
+byte each; below it the register's offset or encoding."""
+VGIC_LEVEL_INTID_MASK = 0x3FF
+VGIC_LEVEL_INFO_SHIFT = 10
+"""Of LEVEL_INFO: the first of 32 INTIDs, and what is asked: 0, the line's level."""
+
+
+def redist_region(index: int, base: int, count: int) -> int:
+    """The value of VgicAddr.REDIST_REGION: region `index` of `count` redistributors at IPA `base`
+    (64 KiB aligned)."""
+    return count << 52 | base | index
+
+
+class IrqType(IntEnum):
+    """What kvm_irq_level.irq names."""
+
+    CPU = 0
+    """A vCPU's IRQ or FIQ input: without an interrupt controller in the kernel only."""
+    SPI = 1
+    PPI = 2
+
+
+def irq_number(kind: IrqType, intid: int, vcpu_id: int = 0) -> int:
+    """kvm_irq_level.irq: `intid` as the GIC numbers it (SPIs from 32, PPIs 16 to 31), and of which
+    vCPU if it is a PPI."""
+    return vcpu_id >> 8 << 28 | kind << 24 | (vcpu_id & 0xFF) << 16 | intid
 
 
 class DmaCopy:
