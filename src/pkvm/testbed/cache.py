@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The user's cache: files that can be made again, of which nothing half-made is ever seen."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def root() -> Path:
+    """The cache's folder: PKVM_CACHE, or `pkvm` in XDG_CACHE_HOME or in ~/.cache.
+
+    It need not exist.
+    """
+    if given := os.environ.get("PKVM_CACHE"):
+        return Path(given).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).absolute() / "pkvm"
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder`, which is made if need be, for this process alone.
+
+    Waits while another process holds it. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def making(target: Path) -> Iterator[Path]:
+    """A new folder to fill; it becomes `target` at the end, or goes if an error ends the block.
+
+    `target` must not exist; its parent is made if need be. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
