@@ -90,12 +90,6 @@ class GuestMemory:
                 return
         raise _outside(ipa, length)
 
-    def check(self, ipa: int, length: int) -> None:
-        """Raise GuestMemoryError unless [ipa, ipa+length) is wholly in one slot. Says nothing about
-        who may touch it."""
-        if not any(base <= ipa and ipa + length <= end for base, end, _ in self._slots):
-            raise _outside(ipa, length)
-
 
 def _outside(ipa: int, length: int) -> GuestMemoryError:
     return GuestMemoryError(

@@ -159,6 +159,15 @@ class Queue:
 
     def reset(self) -> None:
         """Back to the state after a device reset (section 2.4). Held chains become stale."""
+        self.event_idx = False
+        """VIRTIO_F_EVENT_IDX was negotiated."""
+        self.indirect = False
+        """VIRTIO_F_INDIRECT_DESC was negotiated."""
+        self.stop()
+
+    def stop(self) -> None:
+        """The driver cleared QueueReady: forget the queue, not the features that were agreed on.
+        Held chains become stale."""
         self.life += 1
         self.size = self.max_size
         """Descriptors (QueueNum)."""
@@ -171,11 +180,7 @@ class Queue:
         self.ready = False
         """QueueReady."""
         self.live = False
-        """Ready, and the device is running: only then anything is popped or published."""
-        self.event_idx = False
-        """VIRTIO_F_EVENT_IDX was negotiated."""
-        self.indirect = False
-        """VIRTIO_F_INDIRECT_DESC was negotiated."""
+        """Ready, and the device is running: only then anything is popped or pushed."""
         self._next_available = 0
         self._available = 0
         self._event_written: int | None = None
@@ -185,7 +190,7 @@ class Queue:
 
     def check(self) -> None:
         """Raise QueueError if size or alignment cannot be (section 2.7), GuestMemoryError if a part
-        is outside guest memory. For the transport, when the driver sets QueueReady."""
+        is not memory that the VMM can reach. For the transport, when the driver sets QueueReady."""
         size = self.size
         if not 0 < size <= self.max_size or size & size - 1:
             raise QueueError(
@@ -198,7 +203,7 @@ class Queue:
         ):
             if address % align:
                 raise QueueError(f"the {what} is not aligned to {align} bytes", address)
-            self.memory.check(address, length)
+            self.memory.read(address, length)
 
     def pop(self) -> Chain | None:
         """The next chain that the driver made available; None if there is none (then the driver
