@@ -12,8 +12,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from pkvm.arm64 import gic, stage2
 from pkvm.arm64 import registers as reg
-from pkvm.arm64 import stage2
 from pkvm.arm64.registers import SysReg
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.unicorn_engine import UnicornEngine
@@ -166,6 +166,13 @@ REPORT = [
 ]
 
 
+def set_virtual_irq(engine: UnicornEngine, *, level: bool) -> None:
+    """Make interrupt 40 pending, or none, at an interface that lets it through."""
+    pending = gic.LR_PENDING | gic.LR_GROUP1 | 40
+    engine.gic.load_context(gic.VMCR.encode(VENG1=1, VPMR=0xF8), 0, 0)
+    engine.gic.load([pending] if level else [], 0)
+
+
 class Exit:
     """What EL2 saw at one exception."""
 
@@ -257,7 +264,7 @@ class Guest:
 
     def run_known_program(self) -> None:
         """Reset the CPU and check that a program of known result still has it."""
-        self.engine.set_virtual_irq(level=False)
+        set_virtual_irq(self.engine, level=False)
         self.engine.reset_context()
         self.program_el2()
         found = self.run(movz(0, 0x55), add(0, 0, 1), hvc(0x77))

@@ -14,8 +14,9 @@ from typing import Protocol
 
 from pkvm.arm64.stage2 import PARANGE_BITS
 from pkvm.events import Recorder
+from pkvm.machine.alarms import Alarm, Alarms
 from pkvm.machine.bus import Bus
-from pkvm.machine.clock import RealClock, VirtualClock, counter_ticks
+from pkvm.machine.clock import NS_PER_TICK, RealClock, VirtualClock, counter_ticks
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.dma import CopyEngine
 from pkvm.machine.memory import PhysicalMemory
@@ -83,6 +84,13 @@ class Machine:
         )
         self.host_bus.on_write = self._engine.invalidate_code
         self.dma_bus.on_write = self._engine.invalidate_code
+        self.alarms = Alarms(self.clock, self._engine)
+        self.on_interrupt: Callable[[], None] | None = None
+        """The host's, called from the alarm thread or `Alarms.jump` when a timer of the CPU's is
+        due: a vCPU that waits may have an interrupt."""
+        self._virtual_timer = self.new_timer()
+        self._engine.on_alarm = self.alarms.fire
+        self._engine.on_deadline = self._set_virtual_timer
 
     @property
     def engine(self) -> CpuEngine:
@@ -91,12 +99,17 @@ class Machine:
             raise RuntimeError("the machine is closed")
         return self._engine
 
+    def new_timer(self) -> Alarm:
+        """An alarm that is a timer of the CPU's: it is announced to `on_interrupt`."""
+        return self.alarms.new(self._timer_interrupt)
+
     def close(self) -> None:
         """Free the CPU engine. RAM goes when nobody refers to it. Idempotent."""
         if self._engine is None:
             return
         self.host_bus.on_write = None
         self.dma_bus.on_write = None
+        self.alarms.close()
         self._last_blocks = self._engine.blocks
         self._engine.close()
         self._engine = None
@@ -105,6 +118,16 @@ class Machine:
         """Blocks executed: none while the engine is still being made (its start-up check may read
         the counter, which comes here), and no more once it is gone."""
         return self._last_blocks if self._engine is None else self._engine.blocks
+
+    def _timer_interrupt(self) -> None:
+        if self.on_interrupt is not None:
+            self.on_interrupt()
+
+    def _set_virtual_timer(self, count: int | None) -> None:
+        if count is None:
+            self._virtual_timer.cancel()
+        else:
+            self._virtual_timer.set(count * NS_PER_TICK)
 
     def _counter(self) -> int:
         return counter_ticks(self.clock.now_ns())

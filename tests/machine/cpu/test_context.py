@@ -29,6 +29,7 @@ from fakes.cpu_guest import (
     hvc,
     ldr,
     mov,
+    set_virtual_irq,
 )
 from pkvm.arm64 import registers as reg
 from pkvm.arm64 import stage2
@@ -134,17 +135,16 @@ def test_two_contexts_take_turns_in_one_engine(guest: Guest) -> None:
             engine.save_context(context)
 
 
-def test_virtual_irq_line_belongs_to_the_context(guest: Guest) -> None:
+def test_virtual_irq_line_is_a_pin_and_not_context(guest: Guest) -> None:
     engine = guest.engine
     guest.write(CODE, 0xD50342FF, hvc(1))  # MSR DAIFClr, #2
     engine.pc = CODE
-    engine.set_virtual_irq(level=True)
+    set_virtual_irq(engine, level=True)
     engine.save_context(FIRST)
-    engine.set_virtual_irq(level=False)
-    engine.save_context(SECOND)
     engine.vector = lambda: guest.note() < 1
-    for context, number in ((SECOND, 1), (FIRST, 0x99), (SECOND, 1)):
-        engine.load_context(context)
+    for level, number in ((False, 1), (True, 0x99), (False, 1)):
+        set_virtual_irq(engine, level=level)
+        engine.load_context(FIRST)
         guest.exits.clear()
         assert engine.run() is StopReason.VECTOR
         assert guest.exits[-1].iss == number
@@ -314,7 +314,7 @@ def test_system_registers(make_guest: MakeGuest) -> None:
     with pytest.raises(KeyError):
         engine.read_sysreg(SysReg(3, 0, 15, 15, 7))
     with pytest.raises(KeyError):
-        engine.write_sysreg(reg.ICC_PMR_EL1, 0)
+        engine.write_sysreg(reg.ERXFR_EL1, 0)
     with pytest.raises(EngineError, match="ID_AA64ISAR0_EL1 is read-only"):
         engine.write_sysreg(reg.ID_AA64ISAR0_EL1, 0)
     engine.write_sysreg(reg.VPIDR_EL2, 0x1234)

@@ -26,6 +26,7 @@ from fakes.cpu_guest import (
     mov,
     movz,
     msr,
+    set_virtual_irq,
     smc,
     svc,
 )
@@ -170,7 +171,7 @@ def test_injection_banks_the_stack_pointers(guest: Guest) -> None:
 
 def test_virtual_irq_waits_for_unmasking(guest: Guest) -> None:
     engine = guest.engine
-    engine.set_virtual_irq(level=True)
+    set_virtual_irq(engine, level=True)
     found = guest.run(NOP, hvc(1), daifclr(2), NOP, NOP)
     assert (found.iss, found.pc) == (1, CODE + 8)
     assert engine.run() is StopReason.VECTOR
@@ -179,8 +180,8 @@ def test_virtual_irq_waits_for_unmasking(guest: Guest) -> None:
 
 
 def test_lowered_virtual_irq_is_not_taken(guest: Guest) -> None:
-    guest.engine.set_virtual_irq(level=True)
-    guest.engine.set_virtual_irq(level=False)
+    set_virtual_irq(guest.engine, level=True)
+    set_virtual_irq(guest.engine, level=False)
     assert guest.run(daifclr(2), NOP, hvc(5)).iss == 5
 
 
@@ -198,7 +199,7 @@ def test_pending_virtual_irq_leaves_an_exit_alone(guest: Guest) -> None:
     engine.pstate, engine.pc = 0x5, CODE
 
     def vector() -> bool:
-        engine.set_virtual_irq(level=True)
+        set_virtual_irq(engine, level=True)
         return False
 
     engine.vector = vector

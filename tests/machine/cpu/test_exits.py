@@ -27,6 +27,7 @@ from fakes.cpu_guest import (
     movz,
     mrs,
     msr,
+    set_virtual_irq,
     smc,
     str_,
     strh,
@@ -291,7 +292,7 @@ def test_closed_engine_refuses_to_run_and_survives_everything_else(guest: Guest)
     engine.flush_tlb()
     engine.invalidate_code(0x8010_0000, 4096)
     engine.interrupt()
-    engine.set_virtual_irq(level=True)
+    set_virtual_irq(engine, level=True)
     assert engine.x[3] == 33
     engine.x[3] = 34
     with pytest.raises(ValueError, match="released"):

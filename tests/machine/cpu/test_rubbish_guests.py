@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakes.cpu_guest import CODE, HCR, TABLE, Guest, hvc
+from fakes.cpu_guest import CODE, HCR, TABLE, Guest, hvc, set_virtual_irq
 from pkvm.arm64 import registers as reg
 from pkvm.machine.cpu.engine import StopReason
 
@@ -91,7 +91,7 @@ def test_random_programs(
         if engine.pstate & reg.PSTATE_NRW or choice == 1:
             engine.take_exception_to_el1(engine.esr_el2 ^ 0x400_0000, engine.far_el2)
         elif choice == 2:
-            engine.set_virtual_irq(level=not engine.pc & 4)
+            set_virtual_irq(engine, level=not engine.pc & 4)
         else:
             engine.pc = (engine.pc + 4) & ((1 << 64) - 1)
         return True

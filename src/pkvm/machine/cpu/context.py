@@ -260,8 +260,11 @@ class CpuContext:
 
     def load_context(self, pa: int) -> None:
         """Load a state that `save_context` or `blank_context` wrote, and flush the TLB. The
-        exclusive monitor is cleared, as by any exception return. Raises BusError outside RAM."""
+        exclusive monitor is cleared, as by any exception return; the interrupt lines are pins and
+        stay. Raises BusError outside RAM."""
+        lines = self._halves[self._layout.irq_line_state >> 2]
         ctypes.memmove(self._addresses.env, self._context_at(pa), self._layout.context_bytes)
+        self._halves[self._layout.irq_line_state >> 2] = lines
         self._words[self._layout.exclusive_address >> 3] = (1 << 64) - 1
         self._library.tlb_flush(self._addresses.cpu)
         self._update_lines()

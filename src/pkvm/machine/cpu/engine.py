@@ -31,6 +31,7 @@ from enum import Enum
 from typing import Protocol
 
 from pkvm.arm64.registers import SysReg
+from pkvm.machine.gic import VirtualCpuInterface
 
 
 class StopReason(Enum):
@@ -53,6 +54,18 @@ class CpuEngine(Protocol):
     vector: Callable[[], bool]
     """EL2's exception vector; EL2 sets it while no guest runs. Must not raise: an exception raised
     in it stops the run and is raised again from `run`."""
+
+    gic: VirtualCpuInterface
+    """The virtual CPU interface, which drives the virtual interrupt lines. Its state is not part of
+    the context that `save_context` writes."""
+
+    on_alarm: Callable[[], None]
+    """What `set_alarm` is about; called from inside `run`, by the thread that runs the guest."""
+
+    on_deadline: Callable[[int | None], None]
+    """Told at which physical count the running context's virtual timer will be due, or None:
+    whenever the timer is programmed, even if that is past, and when another context is loaded,
+    then only if it is not. Called from the middle of guest code; must not raise."""
 
     @property
     def pc(self) -> int:
@@ -174,10 +187,6 @@ class CpuEngine(Protocol):
         """
         ...
 
-    def set_virtual_irq(self, level: bool) -> None:
-        """Drive the virtual IRQ line of the running context (HCR_EL2.VI's effect)."""
-        ...
-
     def flush_tlb(self) -> None:
         """TLBI of everything below EL2, complete when it returns."""
         ...
@@ -202,6 +211,11 @@ class CpuEngine(Protocol):
 
     def set_slice(self, blocks: int | None) -> None:
         """End the next run after so many translated blocks, exactly and repeatably; None: never.
+        Raises ValueError if the engine was made without block counting."""
+        ...
+
+    def set_alarm(self, blocks: int | None) -> None:
+        """Call `on_alarm` after so many translated blocks, exactly and repeatably; None: never.
         Raises ValueError if the engine was made without block counting."""
         ...
 

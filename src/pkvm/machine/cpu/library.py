@@ -25,6 +25,8 @@ READ_REGISTER = ctypes.CFUNCTYPE(c_uint64, c_void_p, c_void_p)
 """C type of a system register's read function: (env, reginfo) -> value."""
 WRITE_REGISTER = ctypes.CFUNCTYPE(None, c_void_p, c_void_p, c_uint64)
 """C type of a system register's write function: (env, reginfo, value)."""
+ACCESS_CHECK = ctypes.CFUNCTYPE(c_int, c_void_p, c_void_p, ctypes.c_bool)
+"""C type of a system register's access check: (env, reginfo, is read) -> CPAccessResult."""
 VECTOR_ENTRY = ctypes.CFUNCTYPE(c_int)
 """Called for an exception to EL2, without arguments; not 0: stop emulation."""
 START = ctypes.CFUNCTYPE(c_int)
@@ -60,6 +62,7 @@ _INTERNAL: dict[str, tuple[Any, list[Any]]] = {
     "aarch64_sync_64_to_32": (None, [c_void_p]),
     "cpsr_read": (c_uint32, [c_void_p]),
     "cpsr_write": (None, [c_void_p, c_uint32, c_uint32, c_int]),
+    "define_one_arm_cp_reg_with_opaque": (None, [c_void_p, c_void_p, c_void_p]),
     "get_arm_cp_reginfo": (c_void_p, [c_void_p, c_uint32]),
     "qemu_ram_addr_from_host": (c_uint64, [c_void_p, c_void_p]),
     "tb_flush": (None, [c_void_p]),
@@ -95,6 +98,7 @@ class Library:
     aarch64_sync_64_to_32: Any
     cpsr_read: Any
     cpsr_write: Any
+    define_one_arm_cp_reg_with_opaque: Any
     get_arm_cp_reginfo: Any
     qemu_ram_addr_from_host: Any
     tb_flush: Any

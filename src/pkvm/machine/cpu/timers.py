@@ -3,9 +3,8 @@
 
 libunicorn reads the host's monotonic clock as the counter and forgets writes to
 CTL and CVAL. Here the counter may come from elsewhere (virtual time), writes are
-stored in the running context, and CTL shows ISTATUS. Nothing raises an interrupt
-when a timer expires: that is for whoever owns the interrupt controller, who
-finds the deadline in CVAL and CTL.
+stored in the running context, and CTL shows ISTATUS. The timers raise no
+interrupt themselves: the virtual one says when it will be due.
 
 CTL and CVAL are stored as written: CTL[2] of the stored word means nothing.
 """
@@ -69,6 +68,10 @@ _CVAL = {
 }
 
 
+def _forget(_count: int | None) -> None:
+    """Nobody wants to know."""
+
+
 def host_counter() -> int:
     """The counter that libunicorn itself reads: the host's monotonic clock in ticks."""
     return time.monotonic_ns() // HOST_NS_PER_TICK
@@ -76,7 +79,11 @@ def host_counter() -> int:
 
 class GenericTimer:
     """Counter and timers of one engine. `words` is env as 64-bit words; `counter` gives the
-    physical count, or None for the host's clock. `counter` must not raise."""
+    physical count, or None for the host's clock. `counter` must not raise.
+
+    `on_deadline` is told at which physical count the running context's virtual timer is due, None
+    for never: whenever it is programmed, even if that is past, and by `context_changed`.
+    """
 
     def __init__(
         self,
@@ -86,18 +93,20 @@ class GenericTimer:
         counter: Callable[[], int] | None,
     ) -> None:
         self._words = words
+        self.on_deadline: Callable[[int | None], None] = _forget
         self._count = counter or host_counter
         self._offset_word = layout.cntvoff_el2 >> 3
         self._timer_word = layout.c14_timer >> 3
+        self._virtual_word = self._timer_word + 2 * Timer.VIRTUAL
         for timer in Timer:
             for key in _TVAL[timer]:
                 registers.on_read(key, partial(self._read_tval, timer))
                 registers.on_write(key, partial(self._write_tval, timer))
             for key in _CTL[timer]:
                 registers.on_read(key, partial(self._read_ctl, timer))
-                registers.store_writes(key)
+                registers.on_write(key, partial(self._write, self._timer_word + 2 * timer + 1))
             for key in _CVAL[timer]:
-                registers.store_writes(key)
+                registers.on_write(key, partial(self._write, self._timer_word + 2 * timer))
             if counter is not None:
                 for key in _COUNTER[timer]:
                     registers.on_read(key, partial(self.count, timer))
@@ -106,6 +115,32 @@ class GenericTimer:
         """The count that `timer` compares with: CNTPCT_EL0, or CNTVCT_EL0 = CNTPCT - CNTVOFF."""
         offset = self._words[self._offset_word] if timer is Timer.VIRTUAL else 0
         return (self._count() - offset) & _MASK64
+
+    def context_changed(self) -> None:
+        """Another context runs now. A deadline of its own that is past is not told again."""
+        remaining = self._remaining()
+        if remaining is None or remaining <= 0:
+            self.on_deadline(None)
+        else:
+            self.on_deadline(self._count() + remaining)
+
+    def _write(self, word: int, value: int) -> None:
+        self._words[word] = value
+        if word >= self._virtual_word:
+            self._programmed()
+
+    def _programmed(self) -> None:
+        """The virtual timer was."""
+        remaining = self._remaining()
+        self.on_deadline(None if remaining is None else self._count() + max(0, remaining))
+
+    def _remaining(self) -> int | None:
+        """Ticks until the virtual timer asserts its output: 0 or less if it does already, None if
+        it is off or masked."""
+        cval, ctl = self._registers(Timer.VIRTUAL)
+        if ctl & (CTL_ENABLE | CTL_IMASK) != CTL_ENABLE:
+            return None
+        return cval - self.count(Timer.VIRTUAL)
 
     def _read_ctl(self, timer: Timer) -> int:
         cval, ctl = self._registers(timer)
@@ -120,7 +155,7 @@ class GenericTimer:
 
     def _write_tval(self, timer: Timer, value: int) -> None:
         signed = (value & _MASK32 ^ 1 << 31) - (1 << 31)
-        self._words[self._timer_word + 2 * timer] = (self.count(timer) + signed) & _MASK64
+        self._write(self._timer_word + 2 * timer, (self.count(timer) + signed) & _MASK64)
 
     def _registers(self, timer: Timer) -> tuple[int, int]:
         word = self._timer_word + 2 * timer

@@ -25,9 +25,9 @@ What libunicorn does in its own way, and what is done about it here:
   FEAT_FP16 is taken out of "max".
 * Without an EL3, SMC is undefined (SCR_EL3.SMD) unless HCR_EL2.TSC traps it.
 
-Registers belong to the thread that runs the guest. `interrupt`, `flush_tlb`,
-`invalidate_code` and `set_virtual_irq` may be called from any thread; they must
-not be called from a signal handler, except `interrupt`.
+Registers and the interrupt controller belong to the thread that runs the guest.
+`interrupt`, `flush_tlb` and `invalidate_code` may be called from any thread; of
+these only `interrupt` may be called from a signal handler.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from unicorn import unicorn_const as uc
 from pkvm.arm64 import bits
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64 import registers as reg
-from pkvm.machine.cpu import cpu_models, selfcheck, thunks
+from pkvm.machine.cpu import cpu_models, gic_registers, selfcheck, thunks
 from pkvm.machine.cpu.context import CpuContext
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
@@ -60,6 +60,7 @@ from pkvm.machine.cpu.sysregs import AARCH64_KEY
 from pkvm.machine.cpu.thunks import ABORT
 from pkvm.machine.cpu.timers import GenericTimer
 from pkvm.machine.cpu.unicorn_layout import LAYOUT
+from pkvm.machine.gic import VirtualCpuInterface
 from pkvm.machine.memory import PhysicalMemory
 
 _DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in range(4, 8)]
@@ -135,13 +136,20 @@ class UnicornEngine(CpuContext):
         self._reason: StopReason | None = None
         self._error: BaseException | None = None
         cpu_models.hide_half_precision(addresses.env + LAYOUT.isar_id_aa64pfr0)
+        self.gic = VirtualCpuInterface(self._set_lines, self._interrupt_self)
+        self._gic_registers = gic_registers.define(
+            library, LAYOUT, addresses.cpu, self.gic.guest_registers()
+        )
+        gic_registers.show_in_pfr0(addresses.env + LAYOUT.isar_id_aa64pfr0)
+        self._slice_limit = self._alarm_limit = thunks.NO_LIMIT
+        self.on_alarm: Callable[[], None] = _no_alarm
         self._install_hooks()
         self.vector = _no_vector
         cpu_models.program_reset_state(self._sysregs)
         self._make_pristine()
         self._counter = counter
         read_counter = None if counter is None else self._read_counter
-        GenericTimer(self._sysregs, LAYOUT, self._words, read_counter)
+        self._timer = GenericTimer(self._sysregs, LAYOUT, self._words, read_counter)
         for register in _DEBUG_REGISTERS:
             self._sysregs.store_writes(AARCH64_KEY | register.one_reg)
         ram = library.qemu_ram_addr_from_host(addresses.uc, self._memory.host_address)
@@ -361,7 +369,19 @@ class UnicornEngine(CpuContext):
             self._external_abort(status)
         if self._counters[thunks.LIMIT_REACHED]:
             self._counters[thunks.LIMIT_REACHED] = 0
-            self._counters[thunks.LIMIT] = thunks.NO_LIMIT
+            return self._limit_reached()
+        return None
+
+    def _limit_reached(self) -> StopReason | None:
+        """Enough blocks were executed for an alarm, which is called here, or for the slice."""
+        count = self._counters[thunks.COUNT]
+        if count >= self._alarm_limit:
+            self._flags[INSIDE] = False
+            self.set_alarm(None)
+            self.on_alarm()
+            self._flags[INSIDE] = True
+        elif count >= self._slice_limit:
+            self.set_slice(None)
             return StopReason.SLICE
         return None
 
@@ -396,6 +416,26 @@ class UnicornEngine(CpuContext):
         self._requests[0] &= ~_LINES
         self._lines_dropped = True
 
+    def load_context(self, pa: int) -> None:
+        """`CpuContext.load_context`; the virtual timer is that context's from now on."""
+        super().load_context(pa)
+        self._timer.context_changed()
+
+    def reset_context(self) -> None:
+        """`CpuContext.reset_context`; the virtual timer is off."""
+        super().reset_context()
+        self._timer.context_changed()
+
+    @property
+    def on_deadline(self) -> Callable[[int | None], None]:
+        """Told at which physical count the running context's virtual timer will be due, or None,
+        whenever that changes; see `GenericTimer`."""
+        return self._timer.on_deadline
+
+    @on_deadline.setter
+    def on_deadline(self, function: Callable[[int | None], None]) -> None:
+        self._timer.on_deadline = function
+
     # From any thread
 
     def interrupt(self) -> None:
@@ -414,20 +454,25 @@ class UnicornEngine(CpuContext):
         with self._ownership:
             pass
 
+    def _interrupt_self(self) -> None:
+        """A physical interrupt that the guest's own instruction causes."""
+        self._flags[INTERRUPTED] = True
+        if self._flags[INSIDE]:
+            self._library.uc_emu_stop(self._handle)
+
+    def _set_lines(self, irq: bool, fiq: bool) -> None:
+        """Drive the virtual lines, from the thread that runs the guest."""
+        half = LAYOUT.irq_line_state >> 2
+        lines = (LAYOUT.interrupt_virq if irq else 0) | (LAYOUT.interrupt_vfiq if fiq else 0)
+        if self._halves[half] != lines and not self._closed:
+            self._halves[half] = lines
+            self._update_lines()
+
     def _stop(self) -> None:
         """Ask libunicorn to leave guest code; from any thread."""
         with self._stopping:
             if self._finalizer.alive:
                 self._library.uc_emu_stop(self._handle)
-
-    def set_virtual_irq(self, level: bool) -> None:
-        """Drive the virtual IRQ line of the running context; the level is part of the context."""
-        with self._ownership:
-            half = LAYOUT.irq_line_state >> 2
-            lines = self._halves[half] & ~LAYOUT.interrupt_virq
-            self._halves[half] = lines | (LAYOUT.interrupt_virq if level else 0)
-            if not self._closed:
-                self._update_lines()
 
     def flush_tlb(self) -> None:
         """TLBI of everything below EL2, complete when it returns."""
@@ -460,14 +505,24 @@ class UnicornEngine(CpuContext):
         """End the run after so many translated blocks from now, exactly and repeatably; None:
         never. A slice outlasts runs that end otherwise, and is gone when it has ended one. Raises
         ValueError if the engine was made without block counting, or for a negative number."""
+        self._slice_limit = self._limit(blocks)
+        self._counters[thunks.LIMIT] = min(self._slice_limit, self._alarm_limit)
+
+    def set_alarm(self, blocks: int | None) -> None:
+        """Call `on_alarm` after so many translated blocks from now, exactly and repeatably, between
+        two blocks of guest code; None: never. Raises ValueError as `set_slice`."""
+        self._alarm_limit = self._limit(blocks)
+        self._counters[thunks.LIMIT] = min(self._slice_limit, self._alarm_limit)
+
+    def _limit(self, blocks: int | None) -> int:
+        """The block count at which so many more have been executed."""
         if blocks is None:
-            self._counters[thunks.LIMIT] = thunks.NO_LIMIT
-            return
+            return thunks.NO_LIMIT
         if not self._counting:
             raise ValueError("this engine does not count blocks")
         if blocks < 0:
             raise ValueError(f"a slice has {blocks} blocks")
-        self._counters[thunks.LIMIT] = self._counters[thunks.COUNT] + blocks
+        return min(self._counters[thunks.COUNT] + blocks, thunks.NO_LIMIT)
 
     def close(self) -> None:
         """Free the engine, or let a run that is under way end with EngineError and free it then.
@@ -488,6 +543,10 @@ class UnicornEngine(CpuContext):
 
 def _address(callback: Any) -> int:
     return ctypes.cast(callback, ctypes.c_void_p).value or 0
+
+
+def _no_alarm() -> None:
+    """Nobody wants to know."""
 
 
 def _no_vector() -> bool:

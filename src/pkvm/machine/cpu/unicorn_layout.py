@@ -78,9 +78,11 @@ class UnicornLayout:
     """ARMCPU.isar.id_aa64pfr0, counted from env: what the decoder believes."""
 
     # ARMCPRegInfo
+    ri_bytes: int = 136
     ri_type: int = 20
     ri_resetvalue: int = 40
     ri_fieldoffset: int = 48
+    ri_accessfn: int = 72
     ri_readfn: int = 80
     ri_writefn: int = 88
     ri_raw_readfn: int = 96
