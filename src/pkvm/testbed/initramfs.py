@@ -45,7 +45,8 @@ _TRAILER = "TRAILER!!!"
 class Archive:
     """A cpio archive in the making, in memory.
 
-    Paths are absolute, as the guest will see them; the folders that lead to one are made.
+    Paths are absolute, as the guest will see them; the folders that lead to one are made. A path
+    that names nothing in the archive raises ValueError.
     """
 
     def __init__(self) -> None:
@@ -55,7 +56,7 @@ class Archive:
     def folder(self, path: str, mode: int = 0o755) -> None:
         """A folder, if there is none of that name yet."""
         name = self._enter(path)
-        if name and name not in self._entries:
+        if name not in self._entries:
             self._add(name, stat.S_IFDIR | mode)
 
     def file(self, path: str, data: bytes | str, mode: int = 0o644) -> None:
@@ -82,6 +83,8 @@ class Archive:
     def _enter(self, path: str) -> str:
         """The archive's name for `path`, with the folders before it made."""
         name = str(PurePosixPath("/", path)).lstrip("/")
+        if not name or ".." in name.split("/"):
+            raise ValueError(f"{path!r} is no path in an archive")
         parent = str(PurePosixPath(name).parent)
         if parent != ".":
             self.folder(parent)
