@@ -35,8 +35,10 @@ from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.policy import RFC, Policy
 from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.sysregs import SystemRegisters
+from pkvm.hyp.timer import Timers
 from pkvm.hyp.vector import Vector
 from pkvm.hyp.vm import Vm, VmTable
+from pkvm.machine.alarms import Alarm
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.memory import PhysicalMemory
 
@@ -70,6 +72,10 @@ class Hardware(Protocol):
     @property
     def dma_bus(self) -> BusMaster:
         """The devices' way to memory."""
+        ...
+
+    def new_timer(self) -> Alarm:
+        """A timer of EL2's, which interrupts the host."""
         ...
 
 
@@ -110,7 +116,10 @@ class Hypervisor:
         nonprotected = NonProtected(engine, recorder)
         calls = GuestCalls(engine, self.mem, exits, recorder, policy)
         vector = Vector(engine, exits, nonprotected, calls, SystemRegisters(engine), recorder)
-        self.cpu = PhysicalCpu(engine, vector, exits, nonprotected, self.table, policy, recorder)
+        timers = Timers(engine, machine.new_timer)
+        self.cpu = PhysicalCpu(
+            engine, vector, exits, nonprotected, self.table, policy, recorder, timers
+        )
         life = Lifecycle(self.mem, self.table, self.cpu, recorder)
         donation = Donation(self.mem, engine, recorder)
         self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation).table
@@ -136,7 +145,7 @@ class Hypervisor:
         """
         if function_id & _FUNCTION_MASK == _VCPU_RUN:
             try:
-                results = self.cpu.run(x1, x2)
+                results = self.cpu.run(x1, x2, x3)
             except Refused as refused:
                 results = SMCCC_SUCCESS, self._refuse(HostCall.VCPU_RUN.name, refused)
             self._record(_RAN.get(results[1]) or _ran(results[1]))

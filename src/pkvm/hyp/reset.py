@@ -22,6 +22,7 @@ def reset(engine: CpuEngine, vcpu: Vcpu) -> None:
     """The reset state of EL1; nothing that was left in the CPU or in the vCPU survives."""
     engine.reset_context()
     engine.flush_tlb()
+    engine.gic.load_context(0, 0, 0)
     vcpu.started = 1
     vcpu.exit_class = ExitClass.IRQ
 

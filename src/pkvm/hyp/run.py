@@ -28,6 +28,7 @@ from pkvm.hyp.timer import Timers
 from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
 from pkvm.hyp.vcpu import CONTEXT_LIMIT, Vcpu
 from pkvm.hyp.vector import Vector
+from pkvm.hyp.vgic import VirtualGic
 from pkvm.hyp.vm import Vm, VmTable
 from pkvm.machine.cpu.engine import CpuEngine, StopReason
 
@@ -50,6 +51,7 @@ class PhysicalCpu:
         table: VmTable,
         policy: Policy,
         recorder: Recorder,
+        timers: Timers,
     ) -> None:
         if engine.context_bytes > CONTEXT_LIMIT:
             raise HypBug(f"a context of {engine.context_bytes:#x} bytes does not fit a vCPU's area")
@@ -61,7 +63,9 @@ class PhysicalCpu:
         self._table = table
         self._policy = policy
         self._record = recorder.record
-        self._timers = Timers(engine)
+        self._timers = timers
+        self._interface = engine.gic
+        self._vgic = VirtualGic(engine.gic)
         self._midr = engine.read_sysreg(MIDR_EL1)
         self._loaded: Vcpu | None = None
         self._resident: Vcpu | None = None
@@ -119,10 +123,10 @@ class PhysicalCpu:
         """VCPU_SYNC_STATE. Raises Refused(EINVAL) unless a non-protected vCPU is loaded."""
         self._sync(self.loaded(protected=False))
 
-    def run(self, flags: int, x0: int) -> tuple[int, ...]:
+    def run(self, flags: int, x0: int, nr_lrs: int = 0) -> tuple[int, ...]:
         """VCPU_RUN: run the loaded vCPU until an exit for the host. `flags` and `x0` are the host's
-        answer to its last exit. Returns X0 to X7; raises Refused(EINVAL) if none is loaded.
-        Called without the lock."""
+        answer to its last exit, and it has `nr_lrs` list registers. Returns X0 to X7; raises
+        Refused(EINVAL) if none is loaded. Called without the lock."""
         with self.lock:
             vcpu = self._loaded
             if vcpu is None or self._running:
@@ -134,10 +138,14 @@ class PhysicalCpu:
                 self._exits.accept(vcpu, kind, flags, x0)
             elif not self._enter(vcpu, flags, x0):
                 return nothing_but(ExitCode.ILLEGAL)
+            if nr_lrs or self._interface.busy:
+                self._vgic.load(vcpu, nr_lrs)
             self._running = True
         try:
             if self._engine.run() is not _VECTOR:
                 self._vector.interrupted(vcpu)
+            if self._interface.busy:
+                self._vgic.publish(vcpu)
             return self._exits.results if protected else self._nonprotected.results
         finally:
             self._running = False
@@ -153,7 +161,9 @@ class PhysicalCpu:
     def forget(self, vm: Vm) -> None:
         """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""
         engine = self._engine
+        self._timers.forget(vm)
         if self._resident is not None and self._resident.vm is vm:
+            self._vgic.forget()
             self._resident = None
             self._ready = None
             engine.reset_context()
@@ -206,11 +216,14 @@ class PhysicalCpu:
             return
         if self._resident is not None:
             engine.save_context(self._resident.pa)
-            self._timers.keep(self._resident)
+            self._timers.save(self._resident)
+            self._vgic.save(self._resident)
         if vcpu.started:
             engine.load_context(vcpu.pa)
         else:
             engine.reset_context()
+        self._timers.restore(vcpu)
+        self._vgic.restore(vcpu)
         for register, value in control_registers(vcpu, self._midr):
             engine.write_sysreg(register, value)
         engine.flush_tlb()

@@ -63,6 +63,12 @@ class Vcpu(Area):
     """CNTV_CTL_EL0 while another vCPU is on the CPU: ENABLE and IMASK."""
     vtimer_cval = Word(0x3C78)
     """CNTV_CVAL_EL0 while another vCPU is on the CPU."""
+    vgic_vmcr = Word(0x3C80)
+    """ICH_VMCR_EL2 while another vCPU is on the CPU; 0 is as reset."""
+    vgic_ap0r = Word(0x3C88)
+    """ICH_AP0R0_EL2."""
+    vgic_ap1r = Word(0x3C90)
+    """ICH_AP1R0_EL2."""
 
     def __init__(
         self, memory: PhysicalMemory, vm: Vm, index: int, vcpu_id: int, area_pa: int, host_pa: int

@@ -145,6 +145,12 @@ class VirtualCpuInterface:
         self._program(vmcr, ap0r, ap1r)
         self.load((), 0)
 
+    def published(self, keep_watching: bool) -> None:
+        """EL2 has fetched the state: EOIcount starts from 0, and nothing is new until the guest
+        changes it, or all the time with `keep_watching`."""
+        self.eoicount = 0
+        self.busy = keep_watching
+
     def _program(self, vmcr: int, ap0r: int, ap1r: int) -> None:
         self._enabled = [vmcr & 1, vmcr >> 1 & 1]
         self._cbpr = vmcr >> 4 & 1
