@@ -346,7 +346,9 @@ class MmioDevice:
         self._line.set(True)
 
     def _break(self, error: Exception, queue: Queue) -> None:
-        """Report what broke the device, and ask for a reset."""
+        """Report what broke the device, and ask for a reset. What follows from it is not told."""
+        if self._status & NEEDS_RESET:
+            return
         if isinstance(error, GuestMemoryError):
             self.fault(error.why, error.advice, queue=queue.index, address=error.ipa)
         elif isinstance(error, QueueError):
