@@ -36,7 +36,8 @@ CONSOLES = ("pl011",)
 INPUT_LIMIT = 4096
 """Bytes kept for a guest that has not taken them yet."""
 
-_WAKE_SIZE, _WAKE_DRAINED, _WAKE_END = b"s", b"d", b"e"
+_WAKE_SIZE, _WAKE_DRAINED, _WAKE_END = b"\x81", b"\x82", b"\x83"
+"""What wakes the reader, beside signals: those come as their numbers."""
 _IFLAG = (
     termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR
     | termios.IGNCR | termios.ICRNL | termios.IXON
@@ -175,8 +176,11 @@ class Session:
         try:
             self._handle(signal.SIGTERM, self._terminate)
             self._handle(signal.SIGHUP, self._terminate)
-            self._handle(signal.SIGWINCH, self._on_size)
-            self._handle(signal.SIGCONT, self._on_continue)
+            self._handle(signal.SIGWINCH, _leave_to_the_reader)
+            self._handle(signal.SIGCONT, _leave_to_the_reader)
+            if self._handlers:
+                # Not in the main thread: a signal that another thread took does not wake it.
+                signal.set_wakeup_fd(self._wake_in, warn_on_full_buffer=False)
             if self._interactive and self._stdin is not None and _in_foreground(self._stdin):
                 self._enter_raw_mode(self._stdin)
             self._wake(_WAKE_SIZE)
@@ -203,6 +207,8 @@ class Session:
                 self._wake(_WAKE_END)
                 self._thread.join()
                 self._thread = None
+            if self._handlers:
+                signal.set_wakeup_fd(-1)
             while self._handlers:
                 number, handler = self._handlers.popitem()
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -246,7 +252,9 @@ class Session:
                 wakes = os.read(self._wake_out, 64)
                 if _WAKE_END in wakes:
                     return
-                if _WAKE_SIZE in wakes:
+                if signal.SIGCONT in wakes:
+                    self._continue()
+                if _WAKE_SIZE in wakes or signal.SIGWINCH in wakes:
                     self._tell_size()
             if stdin is not None and stdin in ready and not self._read_some(stdin):
                 poll.unregister(stdin)
@@ -293,6 +301,12 @@ class Session:
             return
         self._resized(size.columns, size.lines)
 
+    def _continue(self) -> None:
+        """The process goes on after a stop: the shell has put the terminal into its own mode."""
+        if self._raw is not None and self._stdin is not None and _in_foreground(self._stdin):
+            self._raw.enter()
+            self._tell_size()
+
     def _say(self, text: str) -> None:
         """A paragraph of the VMM's own, on lines of its own."""
         lines = [f"[pkvm] {line}" for line in text.splitlines()]
@@ -326,13 +340,9 @@ class Session:
         signal.signal(number, signal.SIG_DFL)  # A second one ends the process at once.
         raise SystemExit(128 + number)
 
-    def _on_size(self, _number: int, _frame: FrameType | None) -> None:
-        self._wake(_WAKE_SIZE)
 
-    def _on_continue(self, _number: int, _frame: FrameType | None) -> None:
-        if self._raw is not None and self._stdin is not None and _in_foreground(self._stdin):
-            self._raw.enter()
-            self._wake(_WAKE_SIZE)
+def _leave_to_the_reader(_number: int, _frame: FrameType | None) -> None:
+    """The handler of a signal that the reader's thread acts upon."""
 
 
 def _descriptor(stream: object) -> int | None:
