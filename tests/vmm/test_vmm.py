@@ -156,7 +156,7 @@ def test_input_reaches_the_guest() -> None:
         yield power_off()
 
     inputs = [b"x"]
-    run(guest, source=lambda: inputs.pop() if inputs else b"")
+    run(guest, source=lambda _: inputs.pop() if inputs else b"")
     assert got == [ord("x"), 0]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Options that verbs share: the machine, the guest, and the files that they name."""
+"""Options that verbs share: the machine; sizes, times and files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkvm.firmware import image as firmware_image
-from pkvm.vmm.board import DEFAULT_RAM_BYTES, FIRMWARE_BYTES, Board
+from pkvm.vmm.board import FIRMWARE_BYTES
 from pkvm.vmm.errors import LoadError
-from pkvm.vmm.loader import Image, load_image
 
 if TYPE_CHECKING:
     from pkvm.events import Recorder
@@ -89,29 +88,6 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_guest_options(parser: argparse.ArgumentParser) -> None:
-    """What kind of guest."""
-    parser.add_argument(
-        "image", nargs="?", metavar="IMAGE", help="flat AArch64 binary or ELF file (default: demo)"
-    )
-    group = parser.add_argument_group("guest")
-    group.add_argument(
-        "--memory",
-        type=size,
-        default=DEFAULT_RAM_BYTES,
-        metavar="SIZE",
-        help=f"RAM (default {DEFAULT_RAM_BYTES >> 20}M)",
-    )
-    group.add_argument("--cpus", type=int, default=1, metavar="N", help="vCPUs, 1 to 8")
-    group.add_argument("--append", default="", metavar="TEXT", help="kernel command line")
-    group.add_argument(
-        "--unprotected", action="store_true", help="run the same guest without protection"
-    )
-    group.add_argument(
-        "--timeout", type=seconds, metavar="S", help="stop the guest after S seconds"
-    )
-
-
 def read_file(path: str, what: str, limit: int = FILE_LIMIT) -> bytes:
     """The bytes of a file. Raises OSError, LoadError if it has more than `limit` bytes."""
     with Path(path).open("rb") as file:
@@ -119,23 +95,6 @@ def read_file(path: str, what: str, limit: int = FILE_LIMIT) -> bytes:
     if len(data) > limit:
         raise LoadError(f"{path}: {what} of more than {limit} bytes cannot be used")
     return data
-
-
-def board(args: argparse.Namespace) -> Board:
-    """The board asked for. Raises LoadError."""
-    return Board(args.memory, args.cpus, args.append)
-
-
-def image(args: argparse.Namespace, the_board: Board) -> Image:
-    """The payload: the file named, or the demonstration's. Raises LoadError, OSError."""
-    if args.image is not None:
-        try:
-            return load_image(read_file(args.image, "an image"), the_board)
-        except LoadError as error:
-            raise LoadError(f"{args.image}: {error}") from None
-    from pkvm import guests
-
-    return load_image(guests.image("sharing"), the_board)
 
 
 def firmware(args: argparse.Namespace) -> bytes:

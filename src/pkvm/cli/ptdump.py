@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pkvm.cli import options, status, terminal
+from pkvm.cli import guest, options, status, terminal
 from pkvm.events import NullRecorder
 from pkvm.vmm.errors import LoadError
 from pkvm.vmm.vmm import Moment, Vmm
@@ -21,7 +21,7 @@ TABLES = ("host", "guest", "dma")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    options.add_guest_options(parser)
+    guest.add_options(parser)
     options.add_machine_options(parser)
     group = parser.add_argument_group("what is printed")
     group.add_argument(
@@ -39,8 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the guest, print the tables of the moment asked for; the exit status."""
-    board = options.board(args)
-    image = options.image(args, board)
+    wanted = guest.load(args)
     firmware = options.firmware(args)
     seen: dict[str, dict[str, Any]] = {}
 
@@ -52,18 +51,19 @@ def execute(args: argparse.Namespace) -> int:
                 if args.table in ("all", name.partition(" ")[0])
             }
 
-    system = options.make_system(args, NullRecorder(), board.ram_bytes, firmware=firmware)
+    system = options.make_system(args, NullRecorder(), wanted.board.ram_bytes, firmware=firmware)
     try:
         with (
             system.open() as kvm,
             Vmm(
                 kvm,
-                board,
-                image,
+                guest.seeded(wanted, 0, 0),
+                wanted.image,
+                initrd=wanted.initrd,
                 protected=not args.unprotected,
                 firmware=firmware if args.unprotected else None,
                 console=lambda _: None,
-                source=terminal.read_input,
+                source=lambda _: terminal.read_input(),
                 observe=observe,
             ) as vmm,
         ):

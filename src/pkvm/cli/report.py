@@ -36,6 +36,8 @@ class Result(NamedTuple):
     """By moment: "shared", "unshared", "end"."""
     counts: CountingRecorder
     probes: Probes
+    restarts: int = 0
+    """How often the guest was reset and started again."""
 
     @property
     def status(self) -> int:
@@ -98,6 +100,7 @@ def as_json(result: Result) -> str:
         "messages": [f"{message.source}: {message.text}" for message in counts.messages()],
         "notes": _notes(result),
         "events": counts.totals(),
+        "restarts": result.restarts,
         "seconds": round(result.seconds, 6),
     }
     return json.dumps(whole)
@@ -191,6 +194,9 @@ def _hypercalls(counts: CountingRecorder) -> dict[str, int]:
 
 def _notes(result: Result) -> list[str]:
     notes = list(result.vmm.sharing.notes)
+    if result.restarts:
+        times = "once" if result.restarts == 1 else f"{result.restarts} times"
+        notes.append(f"the guest asked for a reset and was started again {times}")
     stray = result.vmm.stray_accesses
     if stray:
         notes.append(f"the guest made {stray} accesses to addresses without a device or memory")

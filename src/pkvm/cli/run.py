@@ -6,15 +6,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pkvm.cli import options, session, terminal
+from pkvm.cli import guest, options, session, terminal
 from pkvm.cli.report import Result, as_json, as_text
 from pkvm.events import GuestExit
 from pkvm.trace.counting import CountingRecorder
+from pkvm.vmm.lives import Lives
 from pkvm.vmm.probes import Probes
 from pkvm.vmm.vmm import Moment, Outcome, Vmm
 
@@ -23,14 +24,21 @@ if TYPE_CHECKING:
     from pkvm.system import System
     from pkvm.trace.jsonl import JsonLinesRecorder
 
+VIRTUAL_EPOCH_NS = 1_767_225_600 * 1_000_000_000
+"""Where the calendar stands as a machine with the virtual clock starts: 2026-01-01, UTC."""
 QUIT = Outcome("interrupted", "ended at the console (escape key, then q)")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
-    options.add_guest_options(parser)
+    guest.add_options(parser)
     options.add_machine_options(parser)
     session.add_options(parser)
+    parser.add_argument(
+        "--no-reboot",
+        action="store_true",
+        help="end where the guest asks for a reset; else it is started anew",
+    )
     group = parser.add_argument_group("what is tried and told")
     group.add_argument(
         "--probe-all",
@@ -38,7 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="let the host try every page, not a sample (slow)",
     )
     group.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="draws the sample of pages (default 0)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="draws the sample of pages and a kernel's seeds (default: 0 for the pages, and with "
+        "the virtual clock for both)",
     )
     group.add_argument("--trace", metavar="FILE", help="write every event as a JSON line")
     group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -46,17 +58,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the guest and report; the exit status."""
-    board = options.board(args)
-    image = options.image(args, board)
+    wanted = guest.load(args)
     firmware = options.firmware(args)
     counting = CountingRecorder()
     console = terminal.Console(show=not args.json)
     person = session.Session(console, interactive=_interactive(args), escape=args.escape)
-    probes = Probes(seed=args.seed, everything=args.probe_all)
+    seed = 0 if args.seed is None and args.clock == "virtual" else args.seed
+    probes = Probes(seed=seed or 0, everything=args.probe_all)
     pages: dict[str, Census] = {}
 
     def observe(moment: Moment) -> None:
-        probes.attempt(vmm, moment)
+        probes.attempt(lives.vmm, moment)
         pages[moment.value] = system.census()
 
     with ExitStack() as stack:
@@ -65,34 +77,49 @@ def execute(args: argparse.Namespace) -> int:
         if args.trace is not None:
             trace = stack.enter_context(_traced(args.trace, counting))
         system = options.make_system(
-            args, counting if trace is None else trace, board.ram_bytes, firmware=firmware
+            args, counting if trace is None else trace, wanted.board.ram_bytes, firmware=firmware
         )
         stack.callback(system.close)
         if trace is not None:
             trace.now_ns = system.machine.clock.now_ns
-        vmm = Vmm(
-            stack.enter_context(system.open()),
-            board,
-            image,
-            protected=not args.unprotected,
-            firmware=firmware if args.unprotected else None,
-            console=console,
-            source=person.take,
-            observe=observe,
-        )
-        stack.enter_context(vmm)
+        kvm = stack.enter_context(system.open())
+
+        def make(life: int) -> Vmm:
+            return Vmm(
+                kvm,
+                guest.seeded(wanted, seed, life),
+                wanted.image,
+                initrd=wanted.initrd,
+                protected=not args.unprotected,
+                firmware=firmware if args.unprotected else None,
+                console=console,
+                source=person.take,
+                observe=observe,
+                wall_clock=_calendar(system) if args.clock == "virtual" else None,
+            )
+
+        lives = stack.enter_context(Lives(make, reboot=not args.no_reboot))
         stack.callback(person.close)
         person.start(
-            on_quit=lambda: vmm.stop(QUIT),
-            on_inspect=lambda: _inspect(board.cpus, system, counting),
+            arrived=lives.arrived,
+            on_quit=lambda: lives.stop(QUIT),
+            on_inspect=lambda: _inspect(wanted.board.cpus, system, counting),
         )
         started = time.perf_counter()
-        outcome = vmm.run(args.timeout)
+        outcome = lives.run(args.timeout)
         seconds = time.perf_counter() - started
-    result = Result(vmm, outcome, seconds, console.text, pages, counting, probes)
+    result = Result(
+        lives.vmm, outcome, seconds, console.text, pages, counting, probes, lives.restarts
+    )
     paint = terminal.painter(sys.stdout)
     terminal.write_line(as_json(result) if args.json else as_text(result, paint))
     return result.status
+
+
+def _calendar(system: System) -> Callable[[], int]:
+    """The time since the Epoch by the machine's clock, in nanoseconds."""
+    clock = system.machine.clock
+    return lambda: VIRTUAL_EPOCH_NS + clock.now_ns()
 
 
 def _interactive(args: argparse.Namespace) -> bool:

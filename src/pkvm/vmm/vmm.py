@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from enum import Enum
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pkvm.guests import protocol
 from pkvm.kvm import (
@@ -38,10 +38,14 @@ from pkvm.vmm import board
 from pkvm.vmm.board import Board
 from pkvm.vmm.devicetree import build_device_tree
 from pkvm.vmm.errors import LoadError
-from pkvm.vmm.loader import Image
+from pkvm.vmm.irq import Line, NoLine
+from pkvm.vmm.loader import Image, Segment
 from pkvm.vmm.mailbox import Event, Mailbox
 from pkvm.vmm.pl011 import Pl011
 from pkvm.vmm.sharing import Sharing
+
+if TYPE_CHECKING:
+    from pkvm.vmm.gic import Gic
 
 PAGE_SHIFT = 12
 PAGE_MASK = (1 << PAGE_SHIFT) - 1
@@ -95,10 +99,13 @@ _SYSTEM_EVENTS = {
 class Vmm:
     """A VM with its devices.
 
-    `console` gets what the guest writes to its UART, byte by byte; `source` is asked for input.
-    `observe` is called at each `Moment`, in the thread in which it happens. `firmware` is for an
-    unprotected VM, which starts in `image` directly without it; a protected VM's firmware is the
-    host's. Raises LoadError for what does not fit, OSError for what the kernel refuses.
+    `console` gets what the guest writes to its UART, byte by byte; `source` is asked for input, as
+    `Pl011` says. `plug` is called once the VM has its memory and its interrupt controller, to add
+    to `devices`. `observe` is called at each `Moment`, in the thread in which it happens.
+    `firmware` is for an unprotected VM, which starts in `image` directly without it; a protected
+    VM's firmware is the host's. `wall_clock` is the time since the Epoch in nanoseconds where it
+    is not this process's. Raises LoadError for what does not fit, OSError for what the kernel
+    refuses.
     """
 
     def __init__(
@@ -107,15 +114,19 @@ class Vmm:
         the_board: Board,
         image: Image,
         *,
+        initrd: Segment | None = None,
         protected: bool = True,
         firmware: bytes | None = None,
         console: Callable[[bytes], object],
-        source: Callable[[], bytes] | None = None,
+        source: Callable[[int], bytes] | None = None,
+        plug: Callable[[Vmm], object] | None = None,
         observe: Callable[[Moment], object] | None = None,
+        wall_clock: Callable[[], int] | None = None,
     ) -> None:
         self.kvm = kvm
         self.board = the_board
         self.image = image
+        self.initrd = initrd
         self.protected = protected
         self._observe = observe
         self._stack = ExitStack()
@@ -124,20 +135,40 @@ class Vmm:
         self._ended = threading.Event()
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
+        self._end_calls: list[Callable[[], object]] = []
         self.stray_accesses = 0
         """MMIO accesses to addresses without a device: they read as zero."""
         self.mailbox = Mailbox(self._on_event)
-        self.uart = Pl011(console, source)
-        self.devices: dict[int, Device] = {
-            board.UART_BASE >> PAGE_SHIFT: self.uart,
-            board.MAILBOX_BASE >> PAGE_SHIFT: self.mailbox,
-        }
+        self.devices: dict[int, Device] = {board.MAILBOX_BASE >> PAGE_SHIFT: self.mailbox}
         """The board's devices by page number of their IPA."""
         with self._stack:
-            self._build(firmware)
+            self._build_memory(firmware)
+            self.gic = self._make_gic()
+            self.uart = Pl011(console, source, self.line(board.UART_SPI) if self.gic else None)
+            self.devices[board.UART_BASE >> PAGE_SHIFT] = self.uart
+            if self.gic is not None:
+                self._add_clock(wall_clock)
+            if plug is not None:
+                plug(self)
+            self._build_vcpus()
             self._stack = self._stack.pop_all()
 
-    def _build(self, firmware: bytes | None) -> None:
+    def line(self, spi: int) -> Line:
+        """The interrupt line of an SPI; where the board has no interrupt controller, one that ends
+        nowhere."""
+        return NoLine() if self.gic is None else self.gic.line(spi)
+
+    def at_close(self, call: Callable[[], object]) -> None:
+        """Let `call` be called when the VM is closed, before its memory goes. The last comes
+        first."""
+        self._stack.callback(call)
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """Let `call` be called when the run ends, before its vCPUs are waited for: what keeps one
+        of their threads is to let go of it."""
+        self._end_calls.append(call)
+
+    def _build_memory(self, firmware: bytes | None) -> None:
         enter = self._stack.enter_context
         if self.protected and not self.kvm.check_extension(Cap.ARM_PROTECTED_VM):
             raise LoadError(
@@ -146,9 +177,10 @@ class Vmm:
             )
         self.vm = enter(self.kvm.create_vm())
         self.ram = self._map(self.board.ram_bytes)
-        self.device_tree = build_device_tree(self.board, self.image)
+        self.device_tree = build_device_tree(self.board, self.image, self.initrd)
         self.ram.write(0, self.device_tree)
-        for segment in self.image.segments:
+        initrd = () if self.initrd is None else (self.initrd,)
+        for segment in (*self.image.segments, *initrd):
             self.ram.write(segment.ipa - board.RAM_BASE, segment.data)
         self.vm.set_user_memory_region(board.RAM_SLOT, board.RAM_BASE, self.ram)
 
@@ -165,11 +197,33 @@ class Vmm:
 
         if self.protected:
             self.vm.protect(board.FIRMWARE_SLOT)
+
+    def _make_gic(self) -> Gic | None:
+        if not self.board.gic:
+            return None
+        # Imported here, as the clock below: a bare program has neither.
+        from pkvm.vmm.gic import Gic
+
+        gic = Gic(self.vm)
+        self.at_close(gic.close)
+        return gic
+
+    def _add_clock(self, wall_clock: Callable[[], int] | None) -> None:
+        from pkvm.vmm.pl031 import Pl031
+
+        line = self.line(board.RTC_SPI)
+        clock = Pl031(line) if wall_clock is None else Pl031(line, wall_clock, None)
+        self.at_close(clock.close)
+        self.devices[board.RTC_BASE >> PAGE_SHIFT] = clock
+
+    def _build_vcpus(self) -> None:
         self.vcpus: list[Vcpu] = []
         for index in range(self.board.cpus):
-            vcpu = enter(self.vm.create_vcpu(index))
+            vcpu = self._stack.enter_context(self.vm.create_vcpu(index))
             vcpu.init(power_off=index > 0)
             self.vcpus.append(vcpu)
+        if self.gic is not None:
+            self.gic.start()
         self._set_entry_state(self.vcpus[0])
 
     def _map(self, length: int) -> Memory:
@@ -254,6 +308,8 @@ class Vmm:
 
     def _bring_home(self, threads: list[threading.Thread]) -> None:
         self._ended.set()
+        for call in self._end_calls:
+            call()
         for vcpu, thread in zip(self.vcpus, threads, strict=True):
             if thread.ident is None:
                 continue
