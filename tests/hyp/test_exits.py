@@ -238,7 +238,7 @@ def test_the_host_sees_what_the_class_publishes_and_nothing_else(name: str) -> N
     if trigger.esr is not None:
         shown[RunResult.ESR] = trigger.esr
     elif RULES[trigger.kind].esr:
-        shown[RunResult.ESR] = vcpu.exit_esr & ~(0x1F << 5)
+        shown[RunResult.ESR] = one.el2.machine.engine.esr_el2 & ~(0x1F << 5)
     code = int(RULES[trigger.kind].code)
     registers = [0, code, *(shown.get(n, 0) for n in range(2, RunResult.COUNT))]
     assert [*one.guest.shown] == registers

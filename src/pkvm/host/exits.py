@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
-from functools import lru_cache
 
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64.bits import MASK64
@@ -18,6 +17,7 @@ from pkvm.arm64.esr import EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S
 from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE
 from pkvm.host import faults, guest_calls
 from pkvm.host.host import IPA_BITS
+from pkvm.host.memslots import Access
 from pkvm.host.vcpu import SCTLR_OFFSET, PendingMmio, Vcpu
 from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, RunResult, VcpuFlag
 from pkvm.uapi.kvm import ExitReason, Run
@@ -112,24 +112,13 @@ def _hyp_request(vcpu: Vcpu, results: Results) -> bool:
 
 
 def _abort(vcpu: Vcpu, results: Results) -> bool:
-    """A stage-2 abort: memory that a non-protected guest has not touched yet, MMIO, or nothing."""
+    """A stage-2 abort: MMIO, memory that a non-protected guest has not touched yet, or nothing."""
     _, _, esr, x0, far, hpfar, pstate, sctlr = results
-    ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
     vm = vcpu.vm
-    slot = vm.slots.at(ipa)
-    if slot is not None:
-        if vm.protected:
-            # It has all memory of its slots from the start: nothing can be done.
-            vcpu.tell(_PENDING_EXCEPTION)
-            return False
-        if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
-            faults.share(vm, slot, ipa)
-            return False
-    is_access, size, is_write, mask = _access(esr)
-    if not is_access or ipa >> IPA_BITS:
-        # No instruction to emulate, or no address that the VM could have a device at.
-        vcpu.tell(_PENDING_EXCEPTION)
+    access = vm.slots.accesses.get((esr, far, hpfar)) or _device_access(vcpu, esr, far, hpfar)
+    if access is None:
         return False
+    ipa, size, is_write, mask = access
     if not vm.protected:
         register = (esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
         x0 = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
@@ -145,13 +134,29 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     return True
 
 
-@lru_cache(maxsize=1024)
-def _access(esr: int) -> tuple[bool, int, bool, int]:
-    """What ESR_EL2 says of an abort: whether there is a load or store to emulate; its bytes,
-    whether it stores, and the mask of its data."""
-    is_access = bool(esr & ISV) and not esr & S1PTW and esr >> _EC_SHIFT != _IABT
+def _device_access(vcpu: Vcpu, esr: int, far: int, hpfar: int) -> Access | None:
+    """The load or store that is to be emulated, remembered until a slot changes; None if there is
+    none, and the abort is dealt with."""
+    vm = vcpu.vm
+    ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
+    slot = vm.slots.at(ipa)
+    if slot is not None:
+        if vm.protected:
+            # It has all memory of its slots from the start: nothing can be done.
+            vcpu.tell(_PENDING_EXCEPTION)
+            return None
+        if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
+            faults.share(vm, slot, ipa)
+            return None
+    is_access = esr & ISV and not esr & S1PTW and esr >> _EC_SHIFT != _IABT
+    if not is_access or ipa >> IPA_BITS:
+        # No instruction to emulate, or no address that the VM could have a device at.
+        vcpu.tell(_PENDING_EXCEPTION)
+        return None
     size = 1 << (esr >> _SAS_SHIFT & 3)
-    return is_access, size, bool(esr & WNR), (1 << 8 * size) - 1
+    access = (ipa, size, bool(esr & WNR), (1 << 8 * size) - 1)
+    vm.slots.remember((esr, far, hpfar), access)
+    return access
 
 
 def _is_big_endian(pstate: int, sctlr: int) -> bool:

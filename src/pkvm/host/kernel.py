@@ -31,6 +31,7 @@ FIRST_FD = 3
 MAX_FDS = 1024
 """RLIMIT_NOFILE."""
 _RUN = int(Ioctl.RUN)
+_INTERRUPTED = -errno.EINTR
 _REQUEST_MASK = 0xFFFF_FFFF
 _REQUEST_NAMES = {int(request): request.name for request in Ioctl} | {DmaCopy.COPY: "DMA_COPY"}
 
@@ -124,7 +125,7 @@ class HostKernel:
     def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
         """ioctl(2); see `pkvm.kvm.kernel.Kernel`. EBADF for a descriptor that is not open."""
         request &= _REQUEST_MASK
-        result = -errno.EINTR
+        result = _INTERRUPTED
         lock = self._lock
         # `enter` and `leave` spelt out: an exit to the VMM is one ioctl.
         if lock.waiting or not lock.take(False):

@@ -69,6 +69,11 @@ class Plan:
     new: Slot | None
 
 
+Access = tuple[int, int, bool, int]
+"""A load or store of a guest's to be emulated: IPA, bytes, whether a store, mask of its data."""
+_MAX_ACCESSES = 1024
+
+
 class MemSlots:
     """The slots of one VM, in an IPA space of `ipa_bits`."""
 
@@ -78,6 +83,8 @@ class MemSlots:
         self._sorted: list[Slot] = []
         self._starts: list[int] = []
         self._ends: list[int] = []
+        self.accesses: dict[tuple[int, int, int], Access] = {}
+        """Aborts (ESR, FAR, HPFAR) that were accesses to devices with the slots as they are."""
 
     def __iter__(self) -> Iterator[Slot]:
         """The slots, by IPA."""
@@ -148,6 +155,13 @@ class MemSlots:
         self._sorted = sorted(self._slots.values(), key=lambda slot: slot.ipa)
         self._starts = [slot.ipa for slot in self._sorted]
         self._ends = [slot.end for slot in self._sorted]
+        self.accesses.clear()
+
+    def remember(self, abort: tuple[int, int, int], access: Access) -> None:
+        """Note what an abort (ESR, FAR, HPFAR) is, until a slot changes."""
+        if len(self.accesses) >= _MAX_ACCESSES:
+            self.accesses.clear()
+        self.accesses[abort] = access
 
 
 def _invalid(words: str) -> OSError:

@@ -159,7 +159,7 @@ def _undefined(engine: CpuEngine, vcpu: Vcpu) -> None:
 
 
 def _abort(engine: CpuEngine, vcpu: Vcpu) -> None:
-    inject.external_abort(engine, vcpu.exit_esr, vcpu.exit_far)
+    inject.external_abort(engine, engine.esr_el2, engine.far_el2)
 
 
 def _hosts_word(vcpu: Vcpu, host_result: int) -> int:
@@ -240,9 +240,7 @@ _IRQ = int(ExitClass.IRQ)
 _DABT_FAR, _DABT_HPFAR, _DABT_MODE, _DABT_ENDIAN = (
     _DABT.far, _DABT.hpfar, _DABT.mode, _DABT.endian,
 )  # fmt: skip
-_EXIT_CLASS, _EXIT_ESR, _EXIT_FAR = (
-    Vcpu.index_of(name) for name in ("exit_class", "exit_esr", "exit_far")
-)
+_EXIT_CLASS = Vcpu.index_of("exit_class")
 
 
 def _data_abort_shown(
@@ -279,10 +277,7 @@ class Exits:
             kind
         ]
         mode, _, sctlr, far, hpfar = state
-        words = vcpu.words
-        words[_EXIT_CLASS] = kind
-        words[_EXIT_ESR] = esr
-        words[_EXIT_FAR] = far
+        vcpu.words[_EXIT_CLASS] = kind
         shown = esr & esr_mask
         hpfar &= hpfar_mask
         self.results = (
@@ -314,8 +309,6 @@ class Exits:
             if not aarch64:
                 return False
             words[_EXIT_CLASS], shown, register, mask, event = shown_of(esr, hpfar)
-            words[_EXIT_ESR] = esr
-            words[_EXIT_FAR] = far
             self.results = (
                 SMCCC_SUCCESS,
                 _TRAP,
@@ -360,7 +353,10 @@ class Exits:
         self.results = tuple(results)
 
     def accept(self, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
-        """Take what `kind`, the class of the last exit, lets the host answer; once."""
+        """Take what `kind`, the class of the last exit, lets the host answer; once.
+
+        ESR_EL2 and FAR_EL2 are those of that exit still: they are part of the vCPU's context.
+        """
         if kind == _IRQ:
             return
         vcpu.words[_EXIT_CLASS] = _IRQ
@@ -375,7 +371,7 @@ class Exits:
             pending(engine, vcpu)
         elif flags & _INCREMENT_PC and advance:
             if result is not None:
-                result(engine, vcpu.exit_esr, x0 & MASK64)
+                result(engine, engine.esr_el2, x0 & MASK64)
             engine.skip_instruction()
 
 

@@ -56,6 +56,7 @@ class PhysicalCpu:
         if engine.context_bytes > CONTEXT_LIMIT:
             raise HypBug(f"a context of {engine.context_bytes:#x} bytes does not fit a vCPU's area")
         self.lock = threading.RLock()
+        self._take, self._drop = self.lock.acquire, self.lock.release
         self._engine = engine
         self._vector = vector
         self._exits = exits
@@ -127,7 +128,9 @@ class PhysicalCpu:
         """VCPU_RUN: run the loaded vCPU until an exit for the host. `flags` and `x0` are the host's
         answer to its last exit, and it has `nr_lrs` list registers. Returns X0 to X7; raises
         Refused(EINVAL) if none is loaded. Called without the lock."""
-        with self.lock:
+        # Spelt out: a `with` costs a third more, at every exit.
+        self._take()
+        try:
             vcpu = self._loaded
             if vcpu is None or self._running:
                 vcpu = self.loaded()
@@ -141,6 +144,8 @@ class PhysicalCpu:
             if nr_lrs or self._interface.busy:
                 self._vgic.load(vcpu, nr_lrs)
             self._running = True
+        finally:
+            self._drop()
         try:
             if self._engine.run() is not _VECTOR:
                 self._vector.interrupted(vcpu)

@@ -23,6 +23,8 @@ _UNION = uapi.Run.UNION
 _MMIO_DATA = _UNION + 8
 _unpack_mmio = uapi.Run.MMIO.unpack_from
 _make = tuple.__new__
+_MASKS = tuple((1 << 8 * size) - 1 for size in range(9))
+"""By the bytes of an access."""
 
 
 class Vcpu:
@@ -70,7 +72,7 @@ class Vcpu:
             address, data, size, is_write = _unpack_mmio(run, _UNION)
             # Made as a tuple is: `Mmio(...)` is one more Python call for each device access.
             if is_write:
-                return _make(Mmio, (address, size, data & (1 << 8 * size) - 1, True))
+                return _make(Mmio, (address, size, data & _MASKS[size], True))
             return _make(Mmio, (address, size, 0, False))
         return decode(run)
 

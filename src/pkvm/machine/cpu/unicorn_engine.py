@@ -340,9 +340,8 @@ class UnicornEngine(CpuContext):
                 status = self._start()
                 if status == ABORT:
                     flags[INSIDE] = False
-                    again = self._vector()
-                    flags[INSIDE] = True
-                    if again:
+                    if self._vector():
+                        flags[INSIDE] = True
                         continue
                     if flags[WAITING]:
                         self._ownership.give_way()
