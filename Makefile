@@ -4,8 +4,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# What the tests need from Debian: a cross compiler for guests/, dtc for device trees.
-DEBIAN_PACKAGES := binutils-aarch64-linux-gnu gcc-aarch64-linux-gnu device-tree-compiler
+# What the tests need from Debian: a cross compiler for guests/, dtc for device trees, and what
+# builds the kernel in guests/linux, which the benchmarks need too, beside QEMU.
+KERNEL_PACKAGES := bc bison flex gcc-aarch64-linux-gnu libc6-dev xz-utils
+DEBIAN_PACKAGES := binutils-aarch64-linux-gnu device-tree-compiler e2fsprogs passt \
+	$(KERNEL_PACKAGES)
+BENCH_PACKAGES  := qemu-system-arm $(KERNEL_PACKAGES)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
@@ -38,6 +42,7 @@ unit: $(VENV)/.dev  ## pytest alone (ARGS='tests/hyp -x')
 	$(BIN)/pytest $(ARGS)
 
 bench: $(BIN)/pkvm  ## side-by-side measurements: name, ratio, bound, ok (JSON=1 for one JSON list)
+	@$(MAKE) --no-print-directory packages DEBIAN_PACKAGES='$(BENCH_PACKAGES)' >&2 || true
 	@$(BIN)/python -m compileall -q src
 	@$(BIN)/python benchmarks/run.py $(if $(JSON),--json) $(ARGS)
 

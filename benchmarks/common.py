@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+class Unavailable(Exception):
+    """Something that a benchmark needs is missing; the text says what, and how to get it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """One figure: `ratio` must not exceed `bound`. `detail` says what was measured, in words."""
@@ -28,6 +32,15 @@ class Result:
         return self.ratio <= self.bound
 
 
+_limit: int | None = None
+
+
+def limit_pairs(limit: int | None) -> None:
+    """Let every measurement take at most so many pairs; None: as many as it wants."""
+    global _limit
+    _limit = limit
+
+
 def median_ratio(
     ours: Callable[[], float], unit: Callable[[], float], pairs: int
 ) -> tuple[float, float, float]:
@@ -36,7 +49,7 @@ def median_ratio(
     Returns the median of the pairwise ratios, and the median of each side.
     """
     rows = []
-    for _ in range(pairs):
+    for _ in range(pairs if _limit is None else min(pairs, _limit)):
         base = unit()
         rows.append((ours() / base, base))
     ratio = statistics.median(row[0] for row in rows)
