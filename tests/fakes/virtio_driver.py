@@ -268,6 +268,7 @@ class Driver:
             parts.append(Descriptor(RAM_BASE + at, len(data)))
         for length in writable:
             at = self.take(length)
+            self.rig.ram.bytes[at : at + length] = bytes(length)
             rooms.append((at, length))
             parts.append(Descriptor(RAM_BASE + at, length, WRITE))
         head = self._next

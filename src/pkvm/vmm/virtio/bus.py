@@ -7,6 +7,7 @@ A slot without a device reads as zero and is not written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from pkvm.vmm import board
 from pkvm.vmm.faults import Faults
@@ -14,6 +15,9 @@ from pkvm.vmm.guest_memory import GuestMemory
 from pkvm.vmm.irq import Line
 from pkvm.vmm.virtio.device import VirtioDevice
 from pkvm.vmm.virtio.mmio import MmioDevice
+
+if TYPE_CHECKING:
+    from pkvm.vmm.vmm import Vmm
 
 _WINDOW_SHIFT = board.VIRTIO_STRIDE.bit_length() - 1
 _WINDOW_MASK = board.VIRTIO_STRIDE - 1
@@ -80,3 +84,18 @@ class VirtioBus:
         """End the devices, their threads and files. Idempotent."""
         for device in self.devices.values():
             device.close()
+
+
+def plug(backends: Mapping[int, VirtioDevice], faults: Faults) -> Callable[[Vmm], VirtioBus]:
+    """What puts `backends` on a VM's board: for `Vmm(plug=...)`, once for each of its lives. The
+    backends stay open at the end of a life; who made them closes them."""
+
+    def into(vmm: Vmm) -> VirtioBus:
+        memory = GuestMemory([(board.RAM_BASE, vmm.ram)])
+        bus = VirtioBus(backends, memory, vmm.line, faults, protected=vmm.protected)
+        vmm.devices.update(bus.pages)
+        vmm.at_end(bus.halt)
+        vmm.at_close(bus.reset)
+        return bus
+
+    return into
