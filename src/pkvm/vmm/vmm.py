@@ -329,7 +329,7 @@ class Vmm:
 
     def _serve(self, vcpu: Vcpu) -> Outcome:
         run, complete = vcpu.run, vcpu.complete
-        devices, lock = self.devices, self._device_lock
+        devices, take, drop = self.devices.get, self._device_lock.acquire, self._device_lock.release
         while True:
             try:
                 exit_ = run()
@@ -337,8 +337,9 @@ class Vmm:
                 return Outcome("kernel-error", f"KVM_RUN of vCPU {vcpu.id}: {error}")
             if type(exit_) is Mmio:
                 address, size, data, is_write = exit_
-                device = devices.get(address >> PAGE_SHIFT)
-                with lock:
+                device = devices(address >> PAGE_SHIFT)
+                take()  # spelt out: a `with` costs half as much again
+                try:
                     if device is None:
                         self.stray_accesses += 1
                         complete(exit_, 0)
@@ -346,6 +347,8 @@ class Vmm:
                         device.write(address & PAGE_MASK, size, data)
                     else:
                         complete(exit_, device.read(address & PAGE_MASK, size))
+                finally:
+                    drop()
                 continue
             outcome = self._outcome_of(vcpu, exit_)
             if outcome is not None:
