@@ -38,9 +38,9 @@ def terminal(command: list[str]) -> Iterator[PtyChild]:
 def test_keys_go_to_the_guest_and_its_output_comes_unchanged(terminal: PtyChild) -> None:
     assert terminal.is_raw()
     # Ctrl-C, Ctrl-Z, Ctrl-\, Ctrl-S, carriage return: a cooked terminal would act on them.
-    terminal.type(b"a\x03\x1a\x1c\x13\r\x7f\xc3\xa9b")
+    terminal.press(b"a\x03\x1a\x1c\x13\r\x7f\xc3\xa9b")
     terminal.expect(rb"a\x03\x1a\x1c\x13\r\x7f\xc3\xa9b")
-    terminal.type(b"\x04")
+    terminal.press(b"\x04")
     assert terminal.wait() == status.OK
     assert b"the guest powered off" in terminal.seen
     assert terminal.attributes() == terminal.before
@@ -49,20 +49,20 @@ def test_keys_go_to_the_guest_and_its_output_comes_unchanged(terminal: PtyChild)
 def test_a_bare_line_feed_starts_a_line_until_the_guest_sends_pairs(terminal: PtyChild) -> None:
     assert b"RAM 0x40000000" in terminal.seen
     assert terminal.seen.count(b"\n") == terminal.seen.count(b"\r\n")
-    terminal.type(b"x\ny\r\nz\nw")
+    terminal.press(b"x\ny\r\nz\nw")
     terminal.expect(rb"x\r\ny\r\nz\nw")
 
 
 def test_escape_key(terminal: PtyChild) -> None:
-    terminal.type(b"\x1d?")
+    terminal.press(b"\x1d?")
     terminal.expect(rb"\r\n\[pkvm\] Ctrl-\] q quits.*sends Ctrl-\] to the guest\r\n")
-    terminal.type(b"\x1di")
+    terminal.press(b"\x1di")
     inspected = terminal.expect(rb"1 vCPU; (\d+) exits .* (\d+) private, 0 shared .*\r\n")
     assert int(inspected[1]) > 10
     assert int(inspected[2]) == (16 + 2) * 256
-    terminal.type(b"(\x1d\x1d)")
+    terminal.press(b"(\x1d\x1d)")
     terminal.expect(rb"\(\x1d\)")
-    terminal.type(b"\x1dq")
+    terminal.press(b"\x1dq")
     assert terminal.wait() == status.INTERRUPTED
     assert b"ended at the console" in terminal.seen
     assert terminal.attributes() == terminal.before
@@ -71,9 +71,9 @@ def test_escape_key(terminal: PtyChild) -> None:
 def test_another_escape_key(command: list[str]) -> None:
     with PtyChild([*command, "--escape", "^a"]) as child:
         child.expect(rb"Ctrl-A then \?.*>")
-        child.type(b"\x1d\x01\x01;")
+        child.press(b"\x1d\x01\x01;")
         child.expect(rb"\x1d\x01;")
-        child.type(b"\x01q")
+        child.press(b"\x01q")
         assert child.wait() == status.INTERRUPTED
 
 
@@ -99,7 +99,7 @@ def test_the_terminal_is_restored_when_stdout_goes_away(command: list[str]) -> N
             pass
         assert child.is_raw()
         os.close(read)
-        child.type(b"x")
+        child.press(b"x")
         assert child.wait() == status.PIPE
         assert child.attributes() == child.before
         assert b"Traceback" not in child.seen
@@ -114,7 +114,7 @@ def test_the_mode_comes_back_after_a_stop(terminal: PtyChild) -> None:
     end = time.monotonic() + PATIENCE_S
     while not terminal.is_raw():
         assert time.monotonic() < end
-    terminal.type(b"\x1d?")
+    terminal.press(b"\x1d?")
     terminal.expect(rb"Ctrl-\] q quits")
 
 
@@ -122,7 +122,7 @@ def test_a_terminal_that_is_not_ours_stays_as_it_is(command: list[str]) -> None:
     with PtyChild(command, controlling=False) as child:
         child.expect(rb">")
         assert child.attributes() == child.before
-        child.type(b"line\n")
+        child.press(b"line\n")
         child.expect(rb"line\r\n.*line\r\n")
 
 
@@ -182,7 +182,7 @@ def test_changes_of_the_size_are_told() -> None:
         child.expect(rb"size 80 24;")
         child.set_size(132, 43)
         child.expect(rb"size 132 43;")
-        child.type(b"e")
+        child.press(b"e")
         assert child.wait() == 0
 
 

@@ -60,7 +60,7 @@ class PtyChild:
         """Resize the window; the kernel tells the foreground process."""
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("<4H", rows, columns, 0, 0))
 
-    def type(self, keys: bytes) -> None:
+    def press(self, keys: bytes) -> None:
         """Press these keys."""
         os.write(self.master, keys)
 
