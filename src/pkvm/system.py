@@ -104,7 +104,9 @@ class System:
             protected=protected,
             firmware=region,
             misalign=misalign,
+            alarms=self.machine.alarms,
         )
+        self.machine.on_interrupt = self.host.interrupt
         self.kernel: Kernel = self.host
         """The host, as a user of the system-call seam sees it."""
 

@@ -15,10 +15,11 @@ from pkvm.arm64 import esr as syndrome
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S1PTW, WNR
 from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE
-from pkvm.host import faults, guest_calls
+from pkvm.host import faults, guest_calls, sysregs
 from pkvm.host.host import IPA_BITS
 from pkvm.host.memslots import Access
 from pkvm.host.vcpu import SCTLR_OFFSET, PendingMmio, Vcpu
+from pkvm.host.vgic.mmio import frame_at
 from pkvm.hyp.abi import ExitCode, HostVcpu, HypRequest, RunResult, VcpuFlag
 from pkvm.uapi.kvm import ExitReason, Run
 
@@ -61,6 +62,8 @@ def other(vcpu: Vcpu, results: Results) -> bool:
     """
     code = results[RunResult.CODE]
     if code in (ExitCode.IRQ, ExitCode.EL1_SERROR):
+        if vcpu.gic is not None:
+            vcpu.vm.host.timers.interrupted(vcpu.gic)
         return False
     if code == ExitCode.HYP_REQ:
         return _hyp_request(vcpu, results)
@@ -115,14 +118,12 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     """A stage-2 abort: MMIO, memory that a non-protected guest has not touched yet, or nothing."""
     _, _, esr, x0, far, hpfar, pstate, sctlr = results
     vm = vcpu.vm
-    access = vm.slots.accesses.get((esr, far, hpfar)) or _device_access(vcpu, esr, far, hpfar)
+    access = vm.slots.accesses.get((esr, far, hpfar)) or _device_access(vcpu, results)
     if access is None:
         return False
     ipa, size, is_write, mask = access
     if not vm.protected:
-        register = (esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
-        x0 = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
-        sctlr = vcpu.word(SCTLR_OFFSET)
+        x0, sctlr = _registers(vcpu, esr)
     big_endian = sctlr != 0 and _is_big_endian(pstate, sctlr)
     data = 0
     if is_write:
@@ -134,10 +135,11 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     return True
 
 
-def _device_access(vcpu: Vcpu, esr: int, far: int, hpfar: int) -> Access | None:
-    """The load or store that is to be emulated, remembered until a slot changes; None if there is
-    none, and the abort is dealt with."""
+def _device_access(vcpu: Vcpu, results: Results) -> Access | None:
+    """The load or store that the VMM is to emulate, remembered until a slot changes; None if there
+    is none, and the abort is dealt with."""
     vm = vcpu.vm
+    esr, far, hpfar = (results[word] for word in (_ESR, RunResult.FAR, RunResult.HPFAR))
     ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
     slot = vm.slots.at(ipa)
     if slot is not None:
@@ -155,8 +157,40 @@ def _device_access(vcpu: Vcpu, esr: int, far: int, hpfar: int) -> Access | None:
         return None
     size = 1 << (esr >> _SAS_SHIFT & 3)
     access = (ipa, size, bool(esr & WNR), (1 << 8 * size) - 1)
+    if vm.gic_start <= ipa < vm.gic_end and _gic_access(vcpu, results, access):
+        return None
     vm.slots.remember((esr, far, hpfar), access)
     return access
+
+
+def _gic_access(vcpu: Vcpu, results: Results, access: Access) -> bool:
+    """Emulate an access to the interrupt controller; False if none of its frames is there."""
+    ipa, size, is_write, mask = access
+    found = frame_at(vcpu.vm.gic, ipa)
+    if found is None:
+        return False
+    frame, offset = found
+    esr, data, sctlr = results[_ESR], results[RunResult.X0], results[RunResult.SCTLR_EE]
+    if not vcpu.vm.protected:
+        data, sctlr = _registers(vcpu, esr)
+    data = data & mask if is_write else frame.read(offset, size)
+    if _is_big_endian(results[RunResult.PSTATE], sctlr):
+        data = int.from_bytes(data.to_bytes(size, "big"), "little")
+    if is_write:
+        frame.write(offset, size, data)
+    elif vcpu.vm.protected:
+        vcpu.x0 = data
+    else:
+        _load_register(vcpu, size, esr, data)
+    vcpu.tell(_INCREMENT_PC)
+    return True
+
+
+def _registers(vcpu: Vcpu, esr: int) -> tuple[int, int]:
+    """Of a non-protected vCPU: the register that a load or store names, and SCTLR_EL1."""
+    register = (esr & syndrome.SRT_MASK) >> syndrome.SRT_SHIFT
+    x0 = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
+    return x0, vcpu.word(SCTLR_OFFSET)
 
 
 def _is_big_endian(pstate: int, sctlr: int) -> bool:
@@ -166,13 +200,13 @@ def _is_big_endian(pstate: int, sctlr: int) -> bool:
 
 
 def _wfx(vcpu: Vcpu, results: Results) -> bool:
-    """WFI waits for a kick or a wake-up; WFE lets the other vCPUs have the CPU."""
+    """WFI waits for an interrupt, a kick or a wake-up; WFE lets the other vCPUs have the CPU."""
     vcpu.tell(_INCREMENT_PC)
-    sched = vcpu.vm.host.sched
+    host = vcpu.vm.host
     if results[_ESR] & syndrome.WFX_TI_WFE:
-        sched.yield_turn(vcpu.runner)
+        host.sched.yield_turn(vcpu.runner)
     else:
-        sched.sleep(vcpu.runner)
+        host.timers.wait(vcpu)
     return False
 
 
@@ -193,8 +227,9 @@ def _smc(vcpu: Vcpu, results: Results) -> bool:
 
 
 def _sys64(vcpu: Vcpu, results: Results) -> bool:
-    """The host emulates no system register: UNDEFINED."""
-    vcpu.tell(_PENDING_EXCEPTION)
+    """What the host does not emulate is UNDEFINED."""
+    if not sysregs.access(vcpu, results):
+        vcpu.tell(_PENDING_EXCEPTION)
     return False
 
 

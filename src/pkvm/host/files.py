@@ -11,7 +11,8 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from pkvm.host import protected, regs
+from pkvm.host import irqchip, protected, regs
+from pkvm.host.argument import Argument, Handler
 from pkvm.host.dma import CopyDriver
 from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.mm import UserSpace
@@ -36,52 +37,9 @@ from pkvm.uapi.kvm import (
 )
 
 _RUN = int(Ioctl.RUN)
-_MASK64 = (1 << 64) - 1
 _IPA_SIZE_MASK = 0xFF
 _MIN_IPA_BITS = 32
 _COUNT_BYTES = 8
-
-
-class Argument:
-    """ioctl(2)'s third argument: a number or a pointer.
-
-    A caller's bytearray is a structure whose address is nobody's business: as a number it is not
-    zero and no valid one. A number may point to user memory.
-    """
-
-    __slots__ = ("_users", "_value")
-
-    def __init__(self, value: int | bytearray, users: UserSpace) -> None:
-        self._value = value
-        self._users = users
-
-    @property
-    def number(self) -> int:
-        """As an unsigned long."""
-        return self._value & _MASK64 if isinstance(self._value, int) else _MASK64
-
-    def read(self, length: int) -> bytes:
-        """copy_from_user of a structure. Raises EFAULT."""
-        if isinstance(self._value, int):
-            return self._users.copy_from_user(self.number, length)
-        if not isinstance(self._value, bytearray) or len(self._value) < length:
-            raise self._too_short(length)
-        return bytes(self._value[:length])
-
-    def write(self, data: bytes) -> None:
-        """copy_to_user of a structure. Raises EFAULT."""
-        if isinstance(self._value, int):
-            self._users.copy_to_user(self.number, data)
-            return
-        if not isinstance(self._value, bytearray) or len(self._value) < len(data):
-            raise self._too_short(len(data))
-        self._value[: len(data)] = data
-
-    def _too_short(self, length: int) -> OSError:
-        return OSError(errno.EFAULT, f"the request's structure needs a bytearray of {length} bytes")
-
-
-Handler = Callable[[Argument], int]
 
 
 class File(Protocol):
@@ -159,6 +117,7 @@ class VmFile:
             Ioctl.SET_USER_MEMORY_REGION: self._set_user_memory_region,
             Ioctl.ENABLE_CAP: self._enable_cap,
             Ioctl.ARM_PREFERRED_TARGET: self._preferred_target,
+            **irqchip.requests(vm, install),
         }
 
     def ioctl(self, request: int, arg: int | bytearray) -> int:
@@ -345,6 +304,10 @@ def check_extension(host: Host, cap: int) -> int:
     """KVM_CHECK_EXTENSION (KVM API 4.4); the same answers for the system and for a VM."""
     if cap == Cap.ARM_PROTECTED_VM:
         return int(host.protected_mode)
+    if cap in (Cap.IRQCHIP, Cap.DEVICE_CTRL, Cap.ARM_IRQ_LINE_LAYOUT_2):
+        return irqchip.has_gic(host)
+    if cap in (Cap.IRQFD, Cap.IRQFD_RESAMPLE):
+        return irqchip.has_irqfd(host)
     return _CAPS.get(cap, 0)
 
 

@@ -62,9 +62,9 @@ def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
         else:
             _start(target)
     elif function == Function.CPU_OFF:
-        vcpu.mp_state = MpState.STOPPED
+        _stop(vcpu)
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
-        vcpu.vm.host.sched.sleep(vcpu.runner)
+        vcpu.vm.host.timers.wait(vcpu)
     elif function in _RESET2 and 0 < results[RunResult.X1] < _RESET2_VENDOR:
         vcpu.x0 = psci.INVALID_PARAMS
     elif function in _EVENTS:
@@ -92,10 +92,10 @@ def call(vcpu: Vcpu) -> bool:
     elif function in (Function.AFFINITY_INFO_32, Function.AFFINITY_INFO_64):
         answer(vcpu, _affinity_info(vcpu, x1, x2))
     elif function == Function.CPU_OFF:
-        vcpu.mp_state = MpState.STOPPED
+        _stop(vcpu)
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
         answer(vcpu, psci.SUCCESS)
-        vcpu.vm.host.sched.sleep(vcpu.runner)
+        vcpu.vm.host.timers.wait(vcpu)
     elif function in _RESET2 and 0 < x1 < _RESET2_VENDOR:
         answer(vcpu, psci.INVALID_PARAMS)
     elif function in _EVENTS:
@@ -164,6 +164,11 @@ def _vcpu_at(vcpu: Vcpu, mpidr: int) -> Vcpu | None:
         if not (mpidr_of_vcpu_id(other.id) ^ mpidr) & _MPIDR_AFFINITY:
             return other
     return None
+
+
+def _stop(vcpu: Vcpu) -> None:
+    vcpu.mp_state = MpState.STOPPED
+    vcpu.vm.host.timers.stop(vcpu)
 
 
 def _start(target: Vcpu) -> None:

@@ -10,10 +10,12 @@ from pkvm.arm64.registers import hcr
 from pkvm.events import Message, Recorder
 from pkvm.host.el2 import El2
 from pkvm.host.firmware_node import FirmwareRegion
+from pkvm.host.irqfd import Irqfds
 from pkvm.host.mm import UserSpace
 from pkvm.host.pages import PageAllocator
 from pkvm.host.ports import Bus, BusFaults
 from pkvm.host.scheduler import Scheduler
+from pkvm.host.timer import Timers
 from pkvm.hyp.abi import HostCall
 
 if TYPE_CHECKING:
@@ -38,10 +40,15 @@ class Host:
     recorder: Recorder
     protected_mode: bool
     firmware: FirmwareRegion | None
+    timers: Timers
+    irqfds: Irqfds
     vms: set[Vm] = field(default_factory=set)
     """Every VM that has not gone."""
     loaded: Vcpu | None = field(default=None)
     """The vCPU that EL2 has loaded. It stays so until another one is to run or its VM goes."""
+
+    list_registers: int | None = field(default=None)
+    """How many the CPU has, once EL2 was asked; 0: VMs have no interrupt controller."""
 
     @property
     def firmware_size(self) -> int:

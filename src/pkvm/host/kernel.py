@@ -20,10 +20,12 @@ from pkvm.host.el2 import El2
 from pkvm.host.files import DmaFile, File, KvmFile, VcpuFile
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.host import Host
+from pkvm.host.irqfd import Irqfds
 from pkvm.host.mm import HostMemory, UserSpace
 from pkvm.host.pages import PageAllocator
-from pkvm.host.ports import PAGE_MASK, Bus, BusFaults, Clock, Door
+from pkvm.host.ports import PAGE_MASK, Alarms, Bus, BusFaults, Clock, Door
 from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
+from pkvm.host.timer import Timers
 from pkvm.host.vcpu import Vcpu
 from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
 
@@ -65,7 +67,8 @@ class HostKernel:
     which interrupts the CPU from any thread; with a virtual clock the CPU, as the block `counter`;
     `dma_base`, the PA of the copy engine's registers; whether it booted in `protected` mode; the
     guest `firmware` that it found at boot (`firmware_node.guest_firmware`). `misalign` makes
-    memory that no 2 MiB block can map.
+    memory that no 2 MiB block can map. `alarms` are the machine's timers; without them nothing
+    ends a guest's wait for its physical timer.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class HostKernel:
         firmware: FirmwareRegion | None = None,
         misalign: bool = False,
         grace_s: float = GRACE_S,
+        alarms: Alarms | None = None,
     ) -> None:
         pages = PageAllocator(bus, ram, misalign=misalign)
         users = UserSpace(bus, bus_faults, pages)
@@ -93,7 +97,17 @@ class HostKernel:
         self._bus_faults = bus_faults
         el2 = El2(door, bus, pages, recorder)
         self._host = Host(
-            bus, bus_faults, pages, users, el2, self._sched, recorder, protected, firmware
+            bus,
+            bus_faults,
+            pages,
+            users,
+            el2,
+            self._sched,
+            recorder,
+            protected,
+            firmware,
+            Timers(self._sched, el2, clock, alarms),
+            Irqfds(self._lock),
         )
         self._dma = CopyDriver(bus, users, dma_base)
         self._files: dict[int, File] = {}
@@ -109,6 +123,11 @@ class HostKernel:
     def free_pages(self) -> int:
         """Pages of RAM that nobody uses."""
         return self._host.pages.free_pages
+
+    def interrupt(self) -> None:
+        """A timer of the CPU's is due: a vCPU that waits may have an interrupt. From the machine's
+        alarm thread; with the virtual clock from where a guest runs or time jumps."""
+        self._host.timers.interrupt()
 
     def open(self, path: str) -> int:
         """open(2): "/dev/kvm" or "/dev/dma-copy", else ENOENT. Raises EMFILE."""
@@ -230,6 +249,7 @@ class HostKernel:
             return 0
 
         self._call(-1, "exit", close_all)
+        self._host.irqfds.close()
         for vcpu in vcpus:
             # Whoever ran it lets go of the mutex, then of the kernel lock.
             vcpu.mutex.acquire()

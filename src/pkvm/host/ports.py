@@ -8,6 +8,7 @@ and time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 PAGE_SHIFT = 12
@@ -57,6 +58,40 @@ class Clock(Protocol):
 
     def now_ns(self) -> int:
         """Nanoseconds; never goes back."""
+        ...
+
+
+NS_PER_TICK = 16
+"""Nanoseconds that the system counter (CNTPCT_EL0) takes for a tick: CNTFRQ_EL0 is 62.5 MHz."""
+
+
+class Alarm(Protocol):
+    """A timer of the host's own."""
+
+    def set(self, deadline_ns: int, /) -> None:
+        """Interrupt at this time of the clock, and not at the one set before."""
+        ...
+
+    def cancel(self) -> None:
+        """Do not interrupt."""
+        ...
+
+    def close(self) -> None:
+        """Never interrupt again."""
+        ...
+
+
+class Alarms(Protocol):
+    """The machine's timers, as far as the host may have them."""
+
+    def new(self, callback: Callable[[], None], /) -> Alarm:
+        """A timer, not set, that interrupts by calling `callback`: with the real clock in a thread
+        of its own, with the virtual clock in the thread that runs the guest or calls `jump`."""
+        ...
+
+    def jump(self) -> bool:
+        """Nobody runs: let the virtual clock jump to the next alarm, and that interrupt. False if
+        none is set."""
         ...
 
 

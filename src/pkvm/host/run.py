@@ -51,6 +51,7 @@ def kvm_run(vcpu: Vcpu) -> None:
     sched = host.sched
     runner = vcpu.runner
     enter = host.el2.run
+    irqs, gic = vcpu.irqs, vcpu.gic
     sched.begin(runner)
     try:
         while True:
@@ -65,7 +66,10 @@ def kvm_run(vcpu: Vcpu) -> None:
                     _load(vcpu)
                 if vm.primary is None and vm.protected:
                     vm.primary = vcpu
-                results = sched.execute(runner, enter, vcpu.flags, vcpu.x0, vcpu.nr_lrs)
+                nr_lrs = gic.flush() if irqs and gic is not None else 0
+                results = sched.execute(runner, enter, vcpu.flags, vcpu.x0, nr_lrs)
+                if nr_lrs and gic is not None:
+                    gic.fold(nr_lrs)
                 if results is not None and _exited(vcpu, results):
                     return
             sched.breathe(runner)
@@ -91,6 +95,8 @@ def _exited(vcpu: Vcpu, results: exits.Results) -> bool:
 def _load(vcpu: Vcpu) -> None:
     """Make the vCPU known to EL2 if it is not, and load it. Raises OSError."""
     vm = vcpu.vm
+    if vm.gic is not None:
+        vm.gic.map()
     if not vm.at_el2:
         vm.init_at_el2(protected=False, created_vcpus=len(vm.vcpus))
     if not vcpu.at_el2:

@@ -18,7 +18,7 @@ KVM_RUN:
   until its vCPU is run again, is closed, ends with another exit, or its thread
   runs another vCPU or dies. A vCPU that is woken takes its place in the queue
   there and then; if its thread is not in KVM_RUN yet, the queue waits for it
-  for `grace_s` seconds of real time.
+  for `grace_s` seconds of real time. When all sleep, `idle` lets time jump.
 
 Consequence, with the virtual clock: a VMM thread that answers an MMIO exit must
 not wait for another vCPU to make progress.
@@ -124,6 +124,11 @@ class Scheduler:
         self._slice_end = 0
         """When the turn's slice is over: nanoseconds of the real clock, or blocks."""
         self._queue: deque[Runner] = deque()
+        self.idle: Callable[[], bool] | None = None
+        """With the virtual clock: called with the kernel lock when every vCPU sleeps. True if it
+        found something to do, after which somebody may be awake."""
+        self._idle = False
+        """Every vCPU sleeps, and `idle` has not been called since."""
         self._guest: Runner | None = None
         """The vCPU whose code the CPU executes now."""
 
@@ -228,15 +233,21 @@ class Scheduler:
                 self._pass_turn()
             else:
                 self._drop(runner)
-        self.lock.leave()
-        try:
-            with self._mutex:
-                while runner.asleep:
-                    if runner.kicked:
-                        raise KickedError
-                    self._changed.wait()
-        finally:
-            self.lock.enter()
+        while runner.asleep:
+            if self._idle and self.idle is not None and not runner.kicked:
+                self._idle = self.idle() and self.turn is None
+                continue
+            self.lock.leave()
+            try:
+                with self._mutex:
+                    while runner.asleep:
+                        if runner.kicked:
+                            raise KickedError
+                        if self._idle:
+                            break
+                        self._changed.wait()
+            finally:
+                self.lock.enter()
 
     def wake(self, runner: Runner) -> None:
         """End `runner`'s sleep; it waits for its turn from now on. Called with the kernel lock."""
@@ -276,6 +287,7 @@ class Scheduler:
 
     def _start_turn(self, runner: Runner) -> None:
         self.turn = runner
+        self._idle = False
         self._slice_end = self._now() + self._slice
         runner.awaited_until = time.monotonic() + self._grace_s
 
@@ -286,6 +298,9 @@ class Scheduler:
             self.turn = None
         if self._queue:
             self._start_turn(self._queue.popleft())
+            self._changed.notify_all()
+        elif self._virtual and self.idle is not None:
+            self._idle = True
             self._changed.notify_all()
 
     def _drop(self, runner: Runner) -> None:

@@ -19,6 +19,8 @@ from pkvm.hyp.abi import CONTEXT_SYSREGS, HostCall, HostVcpu, VcpuFlag
 from pkvm.uapi.kvm import TARGET_GENERIC_V8, VCPU_INIT, VCPU_MMAP_SIZE, MpState, Run, VcpuFeature
 
 if TYPE_CHECKING:
+    from pkvm.host.vgic.cpu import GicCpu
+    from pkvm.host.vgic.irq import Irq
     from pkvm.host.vm import Vm
 
 _WORD = struct.Struct("<Q")
@@ -67,8 +69,10 @@ class Vcpu:
         """`hyp.abi.VcpuFlag` for the next VCPU_RUN."""
         self.x0 = 0
         """The transfer value for the next VCPU_RUN, if the vCPU is protected."""
-        self.nr_lrs = 0
-        """List registers that the page holds for the next VCPU_RUN."""
+        self.irqs: list[Irq] = []
+        """Interrupts that the list registers should hold; mostly none."""
+        self.gic: GicCpu | None = None
+        """The vCPU's share of the VM's interrupt controller, if that has one."""
         self.mmio: PendingMmio | None = None
 
     def init(self, argument: bytes) -> None:
@@ -115,6 +119,9 @@ class Vcpu:
         self.mmio = None
         self.flags = 0
         self.mark_dirty()
+        if self.gic is not None:
+            self.gic.forget()
+            self.vm.host.timers.stop(self)
 
     def tell(self, flag: int) -> None:
         """Set a bit of `hyp.abi.VcpuFlag` for EL2's next entry."""

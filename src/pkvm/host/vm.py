@@ -17,6 +17,7 @@ from pkvm.host.memslots import Change, MemSlots
 from pkvm.host.pages import PageRun
 from pkvm.host.ports import PAGE_SHIFT
 from pkvm.host.vcpu import Vcpu
+from pkvm.host.vgic.gic import Gic
 from pkvm.hyp.abi import MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostCall, HostVcpu, HostVm
 
 
@@ -47,6 +48,10 @@ class Vm:
         self.ran = False
         """Whether a KVM_RUN was issued on an initialised vCPU."""
         self.at_el2 = False
+        self.gic: Gic | None = None
+        """The interrupt controller, if user space made one."""
+        self.gic_start = self.gic_end = 0
+        """The IPA range that all of its frames lie in, while they answer."""
         self.primary: Vcpu | None = None
         """The first vCPU of a protected VM that entered the guest."""
         self.shared: dict[int, Sharing] = {}
@@ -71,12 +76,21 @@ class Vm:
             self.destroy()
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
-        """KVM_CREATE_VCPU (KVM API 4.7). Raises EINVAL for an id out of range, EEXIST, ENOMEM."""
+        """KVM_CREATE_VCPU (KVM API 4.7). Raises EINVAL for an id out of range, EEXIST, ENOMEM, and
+        EBUSY once the interrupt controller is initialised."""
         if not 0 <= vcpu_id < MAX_VCPUS:
             raise OSError(errno.EINVAL, f"vCPU id {vcpu_id} is not below {MAX_VCPUS}")
         if vcpu_id in self.vcpus:
             raise OSError(errno.EEXIST, f"vCPU {vcpu_id} exists")
+        if self.gic is not None and self.gic.initialised:
+            raise OSError(errno.EBUSY, "the VM's interrupt controller is initialised")
         vcpu = Vcpu(self, vcpu_id, len(self.vcpus))
+        if self.gic is not None:
+            try:
+                self.gic.add_cpu(vcpu)
+            except OSError:
+                self.host.pages.free(vcpu.page)
+                raise
         self.vcpus[vcpu_id] = vcpu
         self.get()
         return vcpu
@@ -84,6 +98,8 @@ class Vm:
     def forget_vcpu(self, vcpu: Vcpu) -> None:
         """Undo `create_vcpu` for the last vCPU, which got no descriptor."""
         del self.vcpus[vcpu.id]
+        if self.gic is not None:
+            self.gic.forget_cpu(vcpu)
         self.host.pages.free(vcpu.page)
         self.put()
 
@@ -216,6 +232,9 @@ class Vm:
         """The last user is gone: tear down at EL2, then free everything."""
         host = self.host
         host.vms.discard(self)
+        host.irqfds.release(self)
+        if self.gic is not None:
+            self.gic.close()
         try:
             self.leave_el2()
         except OSError as error:
