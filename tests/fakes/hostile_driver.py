@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A driver that does anything, for property-based tests of virtio devices.
+
+`plans()` draws what it does; `attack(backend, plan)` does it, and asserts that
+the device stays whole: no access raises, the device stores nowhere but into
+the buffers that the rings gave it and into the used rings, it never gets at a
+private page, and after a reset it serves a driver that behaves well.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+from unittest.mock import patch
+
+from hypothesis import strategies as st
+
+from fakes.virtio_driver import INDIRECT, NEXT, PAGE, RAM_BASE, WRITE, Descriptor, Driver, Rig
+from pkvm.vmm.virtio import mmio
+from pkvm.vmm.virtio.queue import Chain, Queue
+
+RAM_BYTES = 32 * PAGE
+SIZE = 8
+TABLES, BUFFERS = 16 * PAGE, 20 * PAGE
+SECRET = bytes(range(0xF0, 0x100)) * (PAGE // 16)
+"""What stands in private pages."""
+
+
+class Register(NamedTuple):
+    """A store of any size anywhere in the window."""
+
+    offset: int
+    size: int
+    value: int
+
+
+class Describe(NamedTuple):
+    """A descriptor of a queue's table, or of one of the indirect tables (`queue` -1)."""
+
+    queue: int
+    number: int
+    descriptor: Descriptor
+
+
+class Fill(NamedTuple):
+    """Bytes at an offset of a buffer: headers of requests, true and false."""
+
+    offset: int
+    data: bytes
+
+
+class Offer(NamedTuple):
+    """Heads made available, then a notification; `jump` moves the ring's index too far."""
+
+    queue: int
+    heads: list[int]
+    jump: int
+
+
+class Hide(NamedTuple):
+    """A page becomes private, or is shared again."""
+
+    page: int
+    private: bool
+
+
+class Reset(NamedTuple):
+    """A reset; `well`: the driver starts anew after it."""
+
+    well: bool
+
+
+class Input(NamedTuple):
+    """Something comes from outside (for devices that take input)."""
+
+    data: bytes
+
+
+Step = Register | Describe | Fill | Offer | Hide | Reset | Input
+
+
+class Plan(NamedTuple):
+    indirect: bool
+    event_idx: bool
+    steps: list[Step]
+
+
+_addresses = st.one_of(
+    st.integers(0, 11).map(lambda n: RAM_BASE + BUFFERS + n * 1000),
+    st.integers(0, 3).map(lambda n: RAM_BASE + TABLES + n * 256),
+    st.integers(0, RAM_BYTES - 1).map(lambda n: RAM_BASE + n),
+    st.sampled_from([
+        0, 0x0900_0000, 0x0A00_0000, 0x0A00_0100, RAM_BASE - 1, RAM_BASE + RAM_BYTES - 1,
+        RAM_BASE + RAM_BYTES, (1 << 64) - 1, (1 << 64) - PAGE, 1 << 63,
+    ]),
+)  # fmt: skip
+_lengths = st.one_of(
+    st.sampled_from([0, 1, 4, 12, 16, 44, 511, 512, 513, 1024, PAGE, 0x7FFF_FFFF, 0xFFFF_FFFF]),
+    st.integers(0, 2048),
+)
+_descriptors = st.builds(
+    Descriptor,
+    _addresses,
+    _lengths,
+    st.sampled_from([0, NEXT, WRITE, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, 7, 0xFFFF]),
+    st.one_of(st.integers(0, SIZE), st.just(0xFFFF)),
+)
+_sound = st.builds(
+    Descriptor,
+    st.integers(0, 11).map(lambda n: RAM_BASE + BUFFERS + n * 1000),
+    st.sampled_from([1, 16, 512, 1000]),
+    st.sampled_from([0, NEXT, NEXT, WRITE, NEXT | WRITE]),
+    st.integers(0, SIZE - 1),
+)
+_registers = st.builds(
+    Register,
+    st.one_of(
+        st.sampled_from([
+            mmio.STATUS, mmio.QUEUE_NOTIFY, mmio.QUEUE_READY, mmio.QUEUE_SEL, mmio.QUEUE_NUM,
+            mmio.INTERRUPT_ACK, mmio.DRIVER_FEATURES, mmio.QUEUE_DESC_LOW, mmio.QUEUE_DRIVER_LOW,
+            mmio.QUEUE_DEVICE_LOW, mmio.QUEUE_DEVICE_HIGH,
+        ]),
+        st.integers(0, 0x1FF),
+    ),
+    st.sampled_from([4, 4, 4, 1, 2, 8]),
+    st.one_of(st.integers(0, 16), _addresses, st.integers(0, (1 << 64) - 1)),
+)  # fmt: skip
+
+
+def plans(queues: int, fills: st.SearchStrategy[bytes]) -> st.SearchStrategy[Plan]:
+    """Plans against a device of so many queues; `fills` draws what its requests are made of."""
+    queue = st.integers(0, queues - 1)
+    step: st.SearchStrategy[Step] = st.one_of(
+        _registers,
+        st.builds(Describe, st.integers(-1, queues - 1), st.integers(0, SIZE - 1), _descriptors),
+        st.builds(Describe, queue, st.integers(0, SIZE - 1), _sound),
+        st.builds(Describe, queue, st.integers(0, SIZE - 1), _sound),
+        st.builds(Fill, st.integers(0, 11).map(lambda n: n * 1000), fills),
+        st.builds(
+            Offer,
+            queue,
+            st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=3),
+            st.sampled_from([0, 0, 0, 0, 0, 1, SIZE + 1, 0x8000]),
+        ),
+        st.builds(Offer, queue, st.lists(st.integers(0, SIZE), max_size=3), st.just(0)),
+        st.builds(Hide, st.integers(0, RAM_BYTES // PAGE - 1), st.booleans()),
+        st.builds(Reset, st.booleans()),
+        st.builds(Input, fills),
+    )
+    return st.builds(Plan, st.booleans(), st.booleans(), st.lists(step, max_size=25))
+
+
+class _Watch:
+    """Knows where the device may store: the parts of chains that it popped, and used rings."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.allowed: list[tuple[int, int]] = []
+        self._pop, self._publish = Queue.pop, Queue.publish
+
+    def pop(self, queue: Queue) -> Chain | None:
+        self._allow_ring(queue)
+        chain = self._pop(queue)
+        if chain is not None:
+            self.allowed += [(at - RAM_BASE, length) for at, length in chain.writable]
+        return chain
+
+    def publish(self, queue: Queue) -> None:
+        self._allow_ring(queue)
+        self._publish(queue)
+
+    def _allow_ring(self, queue: Queue) -> None:
+        self.allowed.append((queue.device_ring - RAM_BASE, 6 + 8 * queue.size))
+
+    def check(self, before: bytes) -> None:
+        """Every byte that the device changed is in a place where it may store."""
+        ram = self.rig.ram
+        for offset, length in ram.written:
+            assert any(
+                at <= offset and offset + length <= at + room for at, room in self.allowed
+            ), f"a store to {offset:#x} (+{length:#x})"
+        untouched = bytearray(ram.bytes)
+        for offset, length in ram.written:
+            untouched[offset : offset + length] = before[offset : offset + length]
+        assert untouched == before
+        ram.written.clear()
+        self.allowed.clear()
+
+
+def attack(rig: Rig, plan: Plan) -> None:
+    """Do what `plan` says to the device of `rig`, whose RAM has RAM_BYTES."""
+    watch = _Watch(rig)
+    with (
+        patch.object(Queue, "pop", lambda queue: watch.pop(queue)),
+        patch.object(Queue, "publish", lambda queue: watch.publish(queue)),
+    ):
+        attacker = _Attacker(rig, plan)
+        for step in plan.steps:
+            before = attacker.prepare(step)
+            attacker.act(step)
+            watch.check(before)
+    attacker.disclose()
+    rig.ram.private.clear()
+    driver = Driver(rig, size=SIZE)
+    assert rig.device.live
+    assert not rig.needs_reset
+    assert driver.read(mmio.INTERRUPT_STATUS) == 0
+
+
+class _Attacker:
+    def __init__(self, rig: Rig, plan: Plan) -> None:
+        self.rig = rig
+        self.features = ~0
+        if not plan.indirect:
+            self.features &= ~mmio.F_INDIRECT_DESC
+        if not plan.event_idx:
+            self.features &= ~mmio.F_EVENT_IDX
+        self.driver = Driver(rig, size=SIZE, features=self.features)
+        assert self.driver.free_at <= TABLES
+
+    def prepare(self, step: Step) -> bytes:
+        """The driver's own stores for `step`; RAM after them."""
+        ram = self.rig.ram
+        if isinstance(step, Hide):
+            self._hide(step)
+        elif isinstance(step, Fill):
+            start = BUFFERS + step.offset
+            ram.bytes[start : start + len(step.data)] = step.data
+        elif isinstance(step, Describe):
+            if step.queue < 0:
+                start = TABLES + 16 * step.number
+                ram.bytes[start : start + 16] = step.descriptor.pack()
+            else:
+                self.driver.queues[step.queue].describe(step.number, step.descriptor)
+        elif isinstance(step, Offer):
+            ring = self.driver.queues[step.queue]
+            ring.available = ring.available + step.jump & 0xFFFF
+            ring.make_available(*step.heads)
+        elif isinstance(step, Reset) and step.well:
+            # The driver's rings are cleared by it as they are made anew.
+            for ring in self.driver.queues:
+                start, end = ring.descriptors - RAM_BASE, ring.end - RAM_BASE
+                ram.bytes[start:end] = bytes(end - start)
+        return bytes(ram.bytes)
+
+    def act(self, step: Step) -> None:
+        device = self.rig.device
+        if isinstance(step, Register):
+            device.write(step.offset, step.size, step.value & (1 << 8 * step.size) - 1)
+            assert 0 <= device.read(step.offset, step.size) < 1 << 8 * step.size
+        elif isinstance(step, Offer):
+            self.driver.notify(step.queue)
+        elif isinstance(step, Reset):
+            self.driver.write(mmio.STATUS, 0)
+            assert self.rig.status == 0
+            assert not self.rig.wire.level
+            if step.well:
+                self.driver = Driver(self.rig, size=SIZE, features=self.features)
+        elif isinstance(step, Input):
+            receive = getattr(self.rig.backend, "receive", None)
+            if receive is not None:
+                receive(step.data)
+
+    def _hide(self, step: Hide) -> None:
+        ram = self.rig.ram
+        start = step.page * PAGE
+        if step.private and step.page not in ram.private:
+            ram.private.add(step.page)
+            ram.bytes[start : start + PAGE] = SECRET
+        elif not step.private and step.page in ram.private:
+            ram.private.remove(step.page)
+            ram.bytes[start : start + PAGE] = bytes(PAGE)
+
+    def disclose(self) -> None:
+        """No secret stands where the host can read."""
+        ram = self.rig.ram
+        for page in range(RAM_BYTES // PAGE):
+            if page not in ram.private:
+                assert SECRET[:32] not in ram.bytes[page * PAGE : (page + 1) * PAGE]
+
+
+def u32(*values: int) -> bytes:
+    """Little-endian words, for fills."""
+    return struct.pack(f"<{len(values)}I", *values)
