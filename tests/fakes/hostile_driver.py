@@ -57,6 +57,21 @@ class Offer(NamedTuple):
     jump: int
 
 
+class Ask(NamedTuple):
+    """A request that is sound, or nearly so: parts to read, the first of which starts with `data`,
+    then parts to write; `flaw` takes the place of part `at` of it. It is made available."""
+
+    queue: int
+    data: bytes
+    readable: list[int]
+    writable: list[int]
+    flaw: Descriptor | None
+    at: int
+    indirect: bool
+    start_anew: bool
+    """Reset the device first, and set it up again."""
+
+
 class Hide(NamedTuple):
     """A page becomes private, or is shared again."""
 
@@ -76,7 +91,7 @@ class Input(NamedTuple):
     data: bytes
 
 
-Step = Register | Describe | Fill | Offer | Hide | Reset | Input
+Step = Register | Describe | Fill | Offer | Ask | Hide | Reset | Input
 
 
 class Plan(NamedTuple):
@@ -130,6 +145,23 @@ _registers = st.builds(
 def plans(queues: int, fills: st.SearchStrategy[bytes]) -> st.SearchStrategy[Plan]:
     """Plans against a device of so many queues; `fills` draws what its requests are made of."""
     queue = st.integers(0, queues - 1)
+    pages = st.integers(0, RAM_BYTES // PAGE - 1)
+    rooms = st.sampled_from([1, 16, 44, 512, 513, 1000])
+    asks = st.builds(
+        Ask,
+        queue,
+        fills,
+        st.one_of(st.just([]), st.just([512]), st.lists(rooms, max_size=3)),
+        st.one_of(
+            st.sampled_from([[1], [512, 1], [1000, 25], [20, 1]]),
+            st.lists(rooms, min_size=1, max_size=3),
+            st.lists(rooms, max_size=3),
+        ),
+        st.one_of(st.none(), st.none(), _descriptors),
+        st.integers(0, 5),
+        st.booleans(),
+        st.booleans(),
+    )
     step: st.SearchStrategy[Step] = st.one_of(
         _registers,
         st.builds(Describe, st.integers(-1, queues - 1), st.integers(0, SIZE - 1), _descriptors),
@@ -143,7 +175,12 @@ def plans(queues: int, fills: st.SearchStrategy[bytes]) -> st.SearchStrategy[Pla
             st.sampled_from([0, 0, 0, 0, 0, 1, SIZE + 1, 0x8000]),
         ),
         st.builds(Offer, queue, st.lists(st.integers(0, SIZE), max_size=3), st.just(0)),
-        st.builds(Hide, st.integers(0, RAM_BYTES // PAGE - 1), st.booleans()),
+        *[asks] * 6,
+        st.builds(
+            Hide,
+            st.one_of(st.sampled_from([0, TABLES // PAGE, BUFFERS // PAGE]), pages),
+            st.booleans(),
+        ),
         st.builds(Reset, st.booleans()),
         st.builds(Input, fills),
     )
@@ -236,19 +273,49 @@ class _Attacker:
             ring = self.driver.queues[step.queue]
             ring.available = ring.available + step.jump & 0xFFFF
             ring.make_available(*step.heads)
+        elif isinstance(step, Ask):
+            if step.start_anew:
+                self._start_anew()
+            self._lay_out(step)
         elif isinstance(step, Reset) and step.well:
-            # The driver's rings are cleared by it as they are made anew.
-            for ring in self.driver.queues:
-                start, end = ring.descriptors - RAM_BASE, ring.end - RAM_BASE
-                ram.bytes[start:end] = bytes(end - start)
+            self._start_anew()
         return bytes(ram.bytes)
+
+    def _start_anew(self) -> None:
+        for ring in self.driver.queues:
+            start, end = ring.descriptors - RAM_BASE, ring.end - RAM_BASE
+            self.rig.ram.bytes[start:end] = bytes(end - start)
+        self.driver = Driver(self.rig, size=SIZE, features=self.features)
+
+    def _lay_out(self, step: Ask) -> None:
+        """Put the parts one behind the other into the buffers, and describe them."""
+        ram, ring = self.rig.ram, self.driver.queues[step.queue]
+        at = BUFFERS
+        ram.bytes[at : at + len(step.data)] = step.data
+        parts = []
+        for flags, lengths in ((0, [len(step.data), *step.readable]), (WRITE, step.writable)):
+            for length in lengths:
+                parts.append(Descriptor(RAM_BASE + at, length, flags))
+                at += length
+        chain = [part._replace(flags=part.flags | NEXT, next=n + 1) for n, part in enumerate(parts)]
+        chain[-1] = parts[-1]
+        if step.flaw is not None and step.at < len(chain):
+            chain[step.at] = step.flaw
+        if step.indirect:
+            table = b"".join(part.pack() for part in chain)
+            ram.bytes[TABLES : TABLES + len(table)] = table
+            ring.describe(0, Descriptor(RAM_BASE + TABLES, len(table), INDIRECT))
+        else:
+            for n, part in enumerate(chain):
+                ring.describe(n, part)
+        ring.make_available(0)
 
     def act(self, step: Step) -> None:
         device = self.rig.device
         if isinstance(step, Register):
             device.write(step.offset, step.size, step.value & (1 << 8 * step.size) - 1)
             assert 0 <= device.read(step.offset, step.size) < 1 << 8 * step.size
-        elif isinstance(step, Offer):
+        elif isinstance(step, Offer | Ask):
             self.driver.notify(step.queue)
         elif isinstance(step, Reset):
             self.driver.write(mmio.STATUS, 0)
