@@ -310,10 +310,15 @@ class Vmm:
         self._ended.set()
         for call in self._end_calls:
             call()
-        for vcpu, thread in zip(self.vcpus, threads, strict=True):
-            if thread.ident is None:
-                continue
+        started = [
+            (vcpu, thread)
+            for vcpu, thread in zip(self.vcpus, threads, strict=True)
+            if thread.ident is not None
+        ]
+        # All of them first: a device may be busy for one as long as another gives it work.
+        for vcpu, _ in started:
             vcpu.kick()
+        for vcpu, thread in started:
             thread.join(KICK_AGAIN_S)
             while thread.is_alive():
                 vcpu.kick()
