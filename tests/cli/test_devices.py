@@ -28,32 +28,35 @@ def image(tmp_path: Path) -> str:
 
 
 def test_nothing_asked_for_is_nothing_made() -> None:
-    assert devices.make_devices(parse()) == {}
-    assert devices.make_devices(parse()) == {}
+    assert devices.Devices(parse()).by_slot == {}
+    assert devices.Devices(parse()).traffic() == []
 
 
 def test_slots_follow_the_command_line(image: str) -> None:
-    made = devices.make_devices(parse("--rng", "--disk", f"{image},ro", "--disk", f"{image},ro"))
+    args = parse("--rng", "--disk", f"{image},ro", "--disk", f"{image},ro")
+    opened = devices.Devices(args)
+    made = opened.by_slot
     assert [device.device_id for device in made.values()] == [4, 2, 2]
     assert list(made) == [0, 1, 2]
     assert made[1].device_features & F_RO
-    for device in made.values():
-        device.close()
+    opened.close()
+    opened.close()
 
 
 def test_a_disk_is_writable_unless_it_is_not(image: str) -> None:
-    (device,) = devices.make_devices(parse("--disk", image)).values()
+    opened = devices.Devices(parse("--disk", image))
+    (device,) = opened.by_slot.values()
     assert isinstance(device, Block)
     assert not device.disk.read_only
-    device.close()
+    opened.close()
 
 
 def test_when_one_cannot_be_made_the_others_are_closed(image: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        devices.make_devices(parse("--disk", image, "--disk", str(tmp_path / "none")))
+        devices.Devices(parse("--disk", image, "--disk", str(tmp_path / "none")))
     Disk(image).close()  # is not in use
 
 
 def test_bad_too_many() -> None:
     with pytest.raises(LoadError, match="32 slots"):
-        devices.make_devices(parse(*["--rng"] * 33))
+        devices.Devices(parse(*["--rng"] * 33))

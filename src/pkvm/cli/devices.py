@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkvm.vmm.board import VIRTIO_SLOTS
 from pkvm.vmm.errors import LoadError
-from pkvm.vmm.virtio.device import VirtioDevice
+from pkvm.vmm.faults import Faults
+
+if TYPE_CHECKING:
+    from pkvm.vmm.virtio.bus import VirtioBus
+    from pkvm.vmm.virtio.device import VirtioDevice
+    from pkvm.vmm.vmm import Vmm
 
 
 class Kind(NamedTuple):
@@ -50,6 +55,17 @@ KINDS = (
 )
 
 
+class Traffic(NamedTuple):
+    """What a device has moved: a protected guest bounces all of it through shared pages."""
+
+    device: str
+    buffers: int
+    from_guest: int
+    """Bytes."""
+    to_guest: int
+    """Bytes."""
+
+
 class _Append(argparse.Action):
     """Keep the options in their order, whatever their kind."""
 
@@ -80,16 +96,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def make_devices(args: argparse.Namespace) -> dict[int, VirtioDevice]:
+class Devices:
     """The devices asked for, by slot, opened: `close` ends each. Raises LoadError, OSError."""
-    if len(args.devices) > VIRTIO_SLOTS:
-        raise LoadError(f"{len(args.devices)} virtio devices: the board has {VIRTIO_SLOTS} slots")
-    made: dict[int, VirtioDevice] = {}
-    try:
-        for slot, (kind, value) in enumerate(args.devices):
-            made[slot] = kind.make(value)
-    except BaseException:
-        for device in made.values():
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if len(args.devices) > VIRTIO_SLOTS:
+            raise LoadError(
+                f"{len(args.devices)} virtio devices: the board has {VIRTIO_SLOTS} slots"
+            )
+        self.faults = Faults()
+        """What went wrong with them, in all lives of the VM."""
+        self.by_slot: dict[int, VirtioDevice] = {}
+        self._bus: VirtioBus | None = None
+        try:
+            for slot, (kind, value) in enumerate(args.devices):
+                self.by_slot[slot] = kind.make(value)
+        except BaseException:
+            self.close()
+            raise
+
+    def plug(self, vmm: Vmm) -> None:
+        """Put them on a VM's board: for `Vmm(plug=...)`, once for each of its lives."""
+        if self.by_slot:
+            # Imported here: without devices there is no bus.
+            from pkvm.vmm.virtio.bus import plug
+
+            self._bus = plug(self.by_slot, self.faults)(vmm)
+
+    def traffic(self) -> list[Traffic]:
+        """What each has moved in the VM's last life."""
+        if self._bus is None:
+            return []
+        return [
+            Traffic(
+                device.name,
+                sum(queue.chains for queue in device.queues),
+                sum(queue.bytes_read for queue in device.queues),
+                sum(queue.bytes_written for queue in device.queues),
+            )
+            for device in self._bus.devices.values()
+        ]
+
+    def close(self) -> None:
+        """Close the devices. Idempotent."""
+        for device in self.by_slot.values():
             device.close()
-        raise
-    return made

@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pkvm.arm64.smccc import function_name
 from pkvm.cli import status
 from pkvm.events import GuestExit, GuestHypercall, GuestTrap
 from pkvm.trace.counting import CountingRecorder
+from pkvm.vmm.faults import Faults
 from pkvm.vmm.probes import KINDS, Probes
 from pkvm.vmm.vmm import Outcome, Vmm
 
 if TYPE_CHECKING:
     from pkvm.check.census import Census
+    from pkvm.cli.devices import Traffic
 
 DIALECT = "rfc"
 MAX_REFUSALS = 12
@@ -38,6 +40,10 @@ class Result(NamedTuple):
     probes: Probes
     restarts: int = 0
     """How often the guest was reset and started again."""
+    traffic: Sequence[Traffic] = ()
+    """Of the virtio devices, in the last life."""
+    faults: Faults | None = None
+    """Of the virtio devices."""
 
     @property
     def status(self) -> int:
@@ -97,6 +103,13 @@ def as_json(result: Result) -> str:
             {"op": op, "check": check, "times": counted.times, "why": counted.last.why}
             for (op, check), counted in counts.refusal_counts().items()
         ],
+        "devices": [
+            {**moved._asdict(), "bounced": result.vmm.protected} for moved in result.traffic
+        ],
+        "device_faults": [
+            {**fault._asdict(), "times": times}
+            for fault, times in (result.faults.counts() if result.faults else {}).items()
+        ],
         "messages": [f"{message.source}: {message.text}" for message in counts.messages()],
         "notes": _notes(result),
         "events": counts.totals(),
@@ -124,6 +137,8 @@ def as_text(result: Result, paint: Paint) -> str:
         "",
         *_probe_lines(result.probes, protected=result.vmm.protected, paint=paint),
     ]
+    if result.traffic:
+        lines += ["", *_device_lines(result, paint)]
     refusals = sorted(result.counts.refusal_counts().items(), key=lambda item: -item[1].times)
     if refusals:
         lines += ["", paint("Refusals", "title")]
@@ -181,6 +196,19 @@ def _probe_lines(probes: Probes, *, protected: bool, paint: Paint) -> list[str]:
         )
     if probes.not_tried:
         lines.append(f"  {probes.not_tried}")
+    return lines
+
+
+def _device_lines(result: Result, paint: Paint) -> list[str]:
+    title = "Virtio devices" + (", bounced through shared pages" if result.vmm.protected else "")
+    lines = [f"{paint(title, 'title')}:"]
+    lines += [
+        f"  {moved.device}: {moved.buffers} buffers, {moved.from_guest} bytes from the guest, "
+        f"{moved.to_guest} bytes to it"
+        for moved in result.traffic
+    ]
+    if result.faults is not None:
+        lines += [f"  {paint(line, 'bad')}" for line in result.faults.lines()]
     return lines
 
 

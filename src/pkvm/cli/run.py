@@ -7,11 +7,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pkvm.cli import guest, options, session, terminal
+from pkvm.cli import devices, guest, options, session, terminal
 from pkvm.cli.report import Result, as_json, as_text
 from pkvm.events import GuestExit
 from pkvm.trace.counting import CountingRecorder
@@ -32,6 +32,7 @@ QUIT = Outcome("interrupted", "ended at the console (escape key, then q)")
 def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     guest.add_options(parser)
+    devices.add_options(parser)
     options.add_machine_options(parser)
     session.add_options(parser)
     parser.add_argument(
@@ -58,7 +59,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the guest and report; the exit status."""
-    wanted = guest.load(args)
+    virtio = devices.Devices(args)
+    with closing(virtio):
+        return _run(args, virtio)
+
+
+def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
+    wanted = guest.load(args, virtio.by_slot)
     firmware = options.firmware(args)
     counting = CountingRecorder()
     console = terminal.Console(show=not args.json)
@@ -94,6 +101,7 @@ def execute(args: argparse.Namespace) -> int:
                 firmware=firmware if args.unprotected else None,
                 console=console,
                 source=person.take,
+                plug=virtio.plug,
                 observe=observe,
                 wall_clock=_calendar(system) if args.clock == "virtual" else None,
             )
@@ -109,7 +117,16 @@ def execute(args: argparse.Namespace) -> int:
         outcome = lives.run(args.timeout)
         seconds = time.perf_counter() - started
     result = Result(
-        lives.vmm, outcome, seconds, console.text, pages, counting, probes, lives.restarts
+        lives.vmm,
+        outcome,
+        seconds,
+        console.text,
+        pages,
+        counting,
+        probes,
+        lives.restarts,
+        virtio.traffic(),
+        virtio.faults,
     )
     paint = terminal.painter(sys.stdout)
     terminal.write_line(as_json(result) if args.json else as_text(result, paint))

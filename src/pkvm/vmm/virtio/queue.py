@@ -103,7 +103,9 @@ class Chain:
             parts.append(memory.read(address + offset, take))
             offset = 0
             length -= take
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        self._queue.bytes_read += len(data)
+        return data
 
     def read_all(self, limit: int) -> bytes:
         """All that the driver gives. Raises QueueError if that is more than `limit` bytes,
@@ -137,6 +139,7 @@ class Chain:
             memory.write(address + offset, data[done : done + take] if take < length else data)
             offset = 0
             done += take
+        self._queue.bytes_written += done
         return done
 
 
@@ -155,6 +158,10 @@ class Queue:
         """Counts resets."""
         self.chains = 0
         """Chains popped in all lives, for statistics."""
+        self.bytes_read = 0
+        """Bytes read from chains in all lives."""
+        self.bytes_written = 0
+        """Bytes written into chains in all lives."""
         self.reset()
 
     def reset(self) -> None:
