@@ -188,40 +188,53 @@ def plans(queues: int, fills: st.SearchStrategy[bytes]) -> st.SearchStrategy[Pla
 
 
 class _Watch:
-    """Knows where the device may store: the parts of chains that it popped, and used rings."""
+    """Knows where the device may store: the parts of chains that it popped and has not given back
+    in a step before, and used rings."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
-        self.allowed: list[tuple[int, int]] = []
-        self._pop, self._publish = Queue.pop, Queue.publish
+        self.rings: list[tuple[int, int]] = []
+        self.held: list[Chain] = []
+        self.given_back: list[Chain] = []
+        self._pop, self._push, self._publish = Queue.pop, Queue.push, Queue.publish
 
     def pop(self, queue: Queue) -> Chain | None:
         self._allow_ring(queue)
         chain = self._pop(queue)
         if chain is not None:
-            self.allowed += [(at - RAM_BASE, length) for at, length in chain.writable]
+            self.held.append(chain)
         return chain
+
+    def push(self, queue: Queue, chain: Chain, written: int | None = None) -> None:
+        self.given_back.append(chain)
+        self._push(queue, chain, written)
 
     def publish(self, queue: Queue) -> None:
         self._allow_ring(queue)
         self._publish(queue)
 
     def _allow_ring(self, queue: Queue) -> None:
-        self.allowed.append((queue.device_ring - RAM_BASE, 6 + 8 * queue.size))
+        self.rings.append((queue.device_ring - RAM_BASE, 6 + 8 * queue.size))
 
     def check(self, before: bytes) -> None:
         """Every byte that the device changed is in a place where it may store."""
         ram = self.rig.ram
+        allowed = self.rings + [
+            (at - RAM_BASE, room) for chain in self.held for at, room in chain.writable
+        ]
         for offset, length in ram.written:
-            assert any(
-                at <= offset and offset + length <= at + room for at, room in self.allowed
-            ), f"a store to {offset:#x} (+{length:#x})"
+            assert any(at <= offset and offset + length <= at + room for at, room in allowed), (
+                f"a store to {offset:#x} (+{length:#x})"
+            )
         untouched = bytearray(ram.bytes)
         for offset, length in ram.written:
             untouched[offset : offset + length] = before[offset : offset + length]
         assert untouched == before
         ram.written.clear()
-        self.allowed.clear()
+        self.rings.clear()
+        gone = set(map(id, self.given_back))
+        self.held = [chain for chain in self.held if not chain.stale and id(chain) not in gone]
+        self.given_back.clear()
 
 
 def attack(rig: Rig, plan: Plan) -> None:
@@ -229,6 +242,7 @@ def attack(rig: Rig, plan: Plan) -> None:
     watch = _Watch(rig)
     with (
         patch.object(Queue, "pop", lambda queue: watch.pop(queue)),
+        patch.object(Queue, "push", lambda queue, chain, n=None: watch.push(queue, chain, n)),
         patch.object(Queue, "publish", lambda queue: watch.publish(queue)),
     ):
         attacker = _Attacker(rig, plan)

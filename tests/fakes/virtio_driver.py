@@ -233,6 +233,8 @@ class Driver:
     def set_up(self, index: int, size: int) -> VirtqueueWriter:
         queue = VirtqueueWriter(self.rig.ram, self.take(0), size)
         self.free_at = queue.end - RAM_BASE
+        start = queue.descriptors - RAM_BASE
+        self.rig.ram.bytes[start : self.free_at] = bytes(self.free_at - start)
         self.write(mmio.QUEUE_SEL, index)
         self.write(mmio.QUEUE_NUM, size)
         for register, address in (
