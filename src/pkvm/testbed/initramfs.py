@@ -27,7 +27,7 @@ $busybox mount -t devtmpfs devtmpfs /dev
 $busybox mkdir -p /dev/pts
 $busybox mount -t devpts devpts /dev/pts
 $busybox mount -t tmpfs tmpfs /tmp
-export PATH=/bin HOME=/ TERM=${{TERM:-linux}}
+export PATH=/bin HOME=/root TERM=${{TERM:-linux}}
 if [ -n "$run" ]; then
 	sh -c "$run"
 	echo "run ended with status $?"
@@ -104,7 +104,7 @@ def busybox_root(busybox: bytes, *, init: str = INIT) -> Archive:
     put in before the archive is made.
     """
     archive = Archive()
-    for path in ("/dev", "/proc", "/sys", "/tmp", "/bin"):
+    for path in ("/dev", "/proc", "/sys", "/tmp", "/root", "/bin"):
         archive.folder(path)
     # /init's standard streams, before it can mount anything.
     archive.character_device("/dev/console", 5, 1)
