@@ -111,7 +111,7 @@ def _place(data: bytes, board: Board) -> Image:
     memory_bytes = max(image_size, len(data))
     if base + memory_bytes > board.bounce_base:
         raise LoadError(
-            f"the kernel needs {memory_bytes >> 20} MiB of memory, and the guest has room for "
+            f"the kernel needs {-(-memory_bytes >> 20)} MiB of memory, and the guest has room for "
             f"{max(board.bounce_base - base, 0) >> 20}: give it more with --memory"
         )
     return Image((Segment(base, data, memory_bytes),), base, page_bytes=_PAGE_SIZES[flags >> 1 & 3])

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from pkvm.vmm.vmm import STOPPED, Outcome, Vmm
+from pkvm.vmm.vmm import INTERRUPTED, STOPPED, Outcome, Vmm
 
 
 class Lives:
@@ -36,16 +36,29 @@ class Lives:
         while True:
             left = None if end is None else max(end - time.monotonic(), 0.0)
             outcome = self.vmm.run(left)
-            if outcome.kind == "timeout":
-                return Outcome("timeout", f"the guest still ran after {timeout:g} seconds")
-            if outcome.kind != "reset" or not self._reboot:
+            if outcome.kind == "reset" and not self._reboot:
                 return outcome
-            with self._lock:
-                if self._stopped is not None:
-                    return self._stopped
+            # A guest that resets at once never lets its VM reach the limit.
+            late = end is not None and outcome.kind == "reset" and time.monotonic() >= end
+            if late or outcome.kind == "timeout":
+                return Outcome("timeout", f"the guest still ran after {timeout:g} seconds")
+            if outcome.kind != "reset":
+                return outcome
+            try:
+                stopped = self._start_again()
+            except KeyboardInterrupt:
+                return INTERRUPTED
+            if stopped is not None:
+                return stopped
+
+    def _start_again(self) -> Outcome | None:
+        """The next VM; or how the run ended, if it was stopped meanwhile."""
+        with self._lock:
+            if self._stopped is None:
                 self.vmm.close()
                 self.vmm = self._make(self.restarts + 1)
                 self.restarts += 1
+            return self._stopped
 
     def stop(self, outcome: Outcome = STOPPED) -> None:
         """End the run from another thread, with this outcome."""

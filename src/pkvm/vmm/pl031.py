@@ -62,6 +62,7 @@ class Pl031(PrimeCell):
     def close(self) -> None:
         """End the alarm's timer. Idempotent."""
         with self._lock:
+            self._rings_at_ns = None
             self._stop()
 
     def _load(self, offset: int) -> int:

@@ -87,6 +87,7 @@ class Device(Protocol):
         ...
 
 
+INTERRUPTED = Outcome("interrupted", "interrupted from the keyboard")
 STOPPED = Outcome("stopped", "the VMM stopped the guest")
 _SYSTEM_EVENTS = {
     "shutdown": Outcome("powered-off", "the guest powered off (PSCI SYSTEM_OFF)"),
@@ -271,7 +272,7 @@ class Vmm:
             if not self._ended.wait(timeout):
                 self._end(Outcome("timeout", f"the guest still ran after {timeout:g} seconds"))
         except KeyboardInterrupt:
-            self._end(Outcome("interrupted", "interrupted from the keyboard"))
+            self._end(INTERRUPTED)
         finally:
             self._bring_home(threads)
         if self._failure is not None:
