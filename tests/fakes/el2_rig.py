@@ -65,9 +65,12 @@ class El2:
         protected: bool = True,
         firmware: bool = True,
         cpu_model: str = "cortex-a72",
+        virtual_clock: bool = False,
     ) -> None:
         self.recorder = EventList()
-        self.machine = Machine(ram_bytes, recorder=self.recorder, cpu_model=cpu_model)
+        self.machine = Machine(
+            ram_bytes, recorder=self.recorder, cpu_model=cpu_model, virtual_clock=virtual_clock
+        )
         memory = self.machine.memory
         size = carveout_bytes(ram_bytes)
         self.firmware_pa = memory.ram_end - size - FIRMWARE_BYTES
@@ -300,10 +303,10 @@ class Guest:
     def load(self, index: int = 0, hcr: int = 3 << 13) -> None:
         self.el2.call(HostCall.VCPU_LOAD, self.handle, index, hcr)
 
-    def run(self, index: int = 0, *, flags: int = 0, x0: int = 0) -> ExitCode:
+    def run(self, index: int = 0, *, flags: int = 0, x0: int = 0, nr_lrs: int = 0) -> ExitCode:
         """Load, run with the host's answer until an exit, put."""
         self.load(index)
-        code = ExitCode(self.el2.call(HostCall.VCPU_RUN, flags, x0))
+        code = ExitCode(self.el2.call(HostCall.VCPU_RUN, flags, x0, nr_lrs))
         self.el2.call(HostCall.VCPU_PUT)
         return code
 

@@ -13,6 +13,7 @@ from fakes.cpu_guest import (
     NOP,
     UNMAPPED,
     VECTORS,
+    WFI,
     Guest,
     add,
     b,
@@ -111,6 +112,15 @@ def test_end_of_one_lets_the_next_in_at_once(taker: Guest) -> None:
     taker.run(daifclr(2), add(5, 12, 0), msr(reg.ICC_EOIR1_EL1, 10), add(6, 12, 0))
     assert (engine.x[10], engine.x[12], engine.x[5]) == (41, 2, 1)
     assert engine.x[6] == 0
+
+
+def test_wfi_goes_on_when_an_interrupt_is_pending(taker: Guest) -> None:
+    """Masked or not; it traps to EL2 only where it would wait."""
+    engine = taker.engine
+    engine.gic.load([pending(40)], 0)
+    assert taker.run(WFI, hvc(1)).iss == 1
+    engine.gic.load([], 0)
+    assert taker.run(WFI, hvc(1)).ec == EC.WFX
 
 
 def test_fiq_for_group_0(taker: Guest) -> None:
