@@ -49,8 +49,56 @@ def rng(value: str | None) -> VirtioDevice:
     return Entropy()
 
 
+def net(value: str | None) -> VirtioDevice:
+    """`--net tap=NAME[,mac=..][,mtu=N]` or `--net passt=SOCKET[,mac=..][,mtu=N]`."""
+    from pkvm.vmm.virtio.links import StreamLink, Tap
+    from pkvm.vmm.virtio.net import DEFAULT_MTU, MAX_MTU, MIN_MTU, Net, parse_mac
+
+    first, *rest = (value or "").split(",")
+    kind, _, name = first.partition("=")
+    if kind not in ("tap", "passt") or not name:
+        raise LoadError(f"--net {value}: give tap=NAME or passt=SOCKET first")
+    mac = None
+    mtu = DEFAULT_MTU
+    for part in rest:
+        key, _, text = part.partition("=")
+        if key == "mac":
+            mac = parse_mac(text)
+        elif key == "mtu" and text.isdecimal() and MIN_MTU <= int(text) <= MAX_MTU:
+            mtu = int(text)
+        else:
+            raise LoadError(
+                f"--net {value}: {part!r} is neither mac=ADDRESS nor mtu={MIN_MTU}..{MAX_MTU}"
+            )
+    return Net(Tap(name) if kind == "tap" else StreamLink.connect(name), mac=mac, mtu=mtu)
+
+
+def vsock(value: str | None) -> VirtioDevice:
+    """`--vsock CID,SOCKET`."""
+    from pkvm.vmm.virtio.vsock import Vsock
+
+    cid, _, path = (value or "").partition(",")
+    if not cid.isdecimal() or not path:
+        raise LoadError(f"--vsock {value}: give a number of 3 or more, a comma, and a path")
+    return Vsock(int(cid), path)
+
+
 KINDS = (
     Kind("--disk", "FILE[,ro]", "a raw disk image; ,ro: the guest may only read it", disk),
+    Kind(
+        "--net",
+        "WIRE",
+        "a network card: tap=NAME for a TAP interface, passt=SOCKET for a running passt, which "
+        "needs no privileges; then ,mac=ADDRESS and ,mtu=N if wanted",
+        net,
+    ),
+    Kind(
+        "--vsock",
+        "CID,SOCKET",
+        "sockets between host and guest: the host connects to SOCKET and says CONNECT port, the "
+        "guest's connections to port N come to SOCKET_N",
+        vsock,
+    ),
     Kind("--rng", None, "a source of entropy", rng),
 )
 
@@ -100,20 +148,24 @@ class Devices:
     """The devices asked for, by slot, opened: `close` ends each. Raises LoadError, OSError."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        if len(args.devices) > VIRTIO_SLOTS:
-            raise LoadError(
-                f"{len(args.devices)} virtio devices: the board has {VIRTIO_SLOTS} slots"
-            )
         self.faults = Faults()
         """What went wrong with them, in all lives of the VM."""
         self.by_slot: dict[int, VirtioDevice] = {}
         self._bus: VirtioBus | None = None
         try:
-            for slot, (kind, value) in enumerate(args.devices):
-                self.by_slot[slot] = kind.make(value)
+            for kind, value in args.devices:
+                self.add(kind.make(value))
         except BaseException:
             self.close()
             raise
+
+    def add(self, device: VirtioDevice) -> None:
+        """Put one more into the next slot. Raises LoadError if there is none."""
+        slot = len(self.by_slot)
+        if slot == VIRTIO_SLOTS:
+            device.close()
+            raise LoadError(f"more virtio devices than the board has slots ({VIRTIO_SLOTS})")
+        self.by_slot[slot] = device
 
     def plug(self, vmm: Vmm) -> None:
         """Put them on a VM's board: for `Vmm(plug=...)`, once for each of its lives."""

@@ -92,7 +92,7 @@ def load(args: argparse.Namespace, virtio_slots: Iterable[int] = ()) -> Guest:
     board = Board(
         ram,
         args.cpus,
-        args.append,
+        _command_line(args, kernel=kernel),
         gic=kernel or args.gic or bool(slots),
         virtio_slots=slots,
         bounce_bytes=_bounce_bytes(args, ram, has_devices=bool(slots)),
@@ -122,6 +122,14 @@ def seeded(guest: Guest, seed: int | None, life: int) -> Board:
         rng_seed=entropy[:RNG_SEED_BYTES],
         kaslr_seed=int.from_bytes(entropy[RNG_SEED_BYTES:], "big"),
     )
+
+
+def _command_line(args: argparse.Namespace, *, kernel: bool) -> str:
+    """What `--append` says; for a kernel that is to talk by virtio-console, that too."""
+    text: str = args.append
+    if kernel and getattr(args, "console", None) == "virtio" and "console=" not in text:
+        text = f"{text} console=hvc0".lstrip()
+    return text
 
 
 def _demonstration() -> bytes:

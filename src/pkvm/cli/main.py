@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TextIO
 
 import pkvm
 from pkvm.cli import status
+from pkvm.cli.terminal import OutputClosed, OutputError
 
 VERBS = {
     "run": "run a guest as a protected VM; without an image, the demonstration",
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except KeyboardInterrupt:
         return _complain("interrupted", status.INTERRUPTED)
-    except BrokenPipeError:
+    except (BrokenPipeError, OutputClosed):
         sys.stdout = _nowhere()  # else Python complains once more when it flushes at exit
         return status.PIPE
     except Exception as error:
@@ -93,7 +94,6 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _words(error: Exception) -> tuple[str, int]:
     """The line for an error, and the exit status."""
-    from pkvm.cli.terminal import OutputError
     from pkvm.fdt import FdtError
     from pkvm.firmware.image import FirmwareImageError
     from pkvm.machine.cpu.errors import EngineError

@@ -65,13 +65,20 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
+    console = terminal.Console(show=not args.json)
+    person = session.Session(console, interactive=_interactive(args), escape=args.escape)
+    hvc = session.virtio_console(args, console, person)
+    if hvc is not None:
+        virtio.add(hvc)
     wanted = guest.load(args, virtio.by_slot)
     firmware = options.firmware(args)
     counting = CountingRecorder()
-    console = terminal.Console(show=not args.json)
-    person = session.Session(console, interactive=_interactive(args), escape=args.escape)
     seed = 0 if args.seed is None and args.clock == "virtual" else args.seed
-    probes = Probes(seed=seed or 0, everything=args.probe_all)
+    probes = Probes(
+        seed=seed or 0,
+        everything=args.probe_all,
+        account=lambda: system.shared_by_guests(),
+    )
     pages: dict[str, Census] = {}
 
     def observe(moment: Moment) -> None:
@@ -100,7 +107,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
                 protected=not args.unprotected,
                 firmware=firmware if args.unprotected else None,
                 console=console,
-                source=person.take,
+                source=person.take if hvc is None else None,
                 plug=virtio.plug,
                 observe=observe,
                 wall_clock=_calendar(system) if args.clock == "virtual" else None,
@@ -109,7 +116,8 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         lives = stack.enter_context(Lives(make, reboot=not args.no_reboot))
         stack.callback(person.close)
         person.start(
-            arrived=lives.arrived,
+            arrived=lives.arrived if hvc is None else hvc.arrived,
+            resized=None if hvc is None else hvc.resize,
             on_quit=lambda: lives.stop(QUIT),
             on_inspect=lambda: _inspect(wanted.board.cpus, system, counting),
         )
@@ -140,8 +148,8 @@ def _calendar(system: System) -> Callable[[], int]:
 
 
 def _interactive(args: argparse.Namespace) -> bool:
-    """Whether somebody at a terminal talks to the guest: where one was asked for, and is shown."""
-    return args.console is not None and not args.json
+    """Whether somebody at a terminal talks to the guest: to a kernel, or where it was asked for."""
+    return not args.json and (args.console is not None or args.kernel is not None)
 
 
 def _inspect(cpus: int, system: System, counting: CountingRecorder) -> str:

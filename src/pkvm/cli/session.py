@@ -27,11 +27,15 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pkvm.cli import terminal
 from pkvm.cli.keys import DEFAULT_ESCAPE, NO_ESCAPE, Command, Keys, escape_key, key_name
 
-CONSOLES = ("pl011",)
+if TYPE_CHECKING:
+    from pkvm.vmm.virtio.console import Console as VirtioConsole
+
+CONSOLES = ("pl011", "virtio")
 """Devices that can be the console that stdin talks to."""
 INPUT_LIMIT = 4096
 """Bytes kept for a guest that has not taken them yet."""
@@ -104,7 +108,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--console",
         choices=CONSOLES,
-        help="talk to the guest by this device (default: its UART, only to be read)",
+        help="the device that stdin talks to: the UART, or virtio-console (hvc0); with one named, "
+        "or a kernel, a terminal becomes raw (default: pl011)",
     )
     group.add_argument(
         "--escape",
@@ -113,6 +118,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="the key that begins a command at the console (default ctrl-]), or none",
     )
+
+
+def virtio_console(
+    args: argparse.Namespace, console: terminal.Console, session: Session
+) -> VirtioConsole | None:
+    """The virtio-console that talks to stdin and stdout, if `--console virtio` asks for one."""
+    if args.console != "virtio":
+        return None
+    # Imported here: few runs have one.
+    from pkvm.vmm.virtio.console import Console
+
+    return Console(console, session.take)
 
 
 def nothing() -> None:
@@ -313,7 +330,7 @@ class Session:
         if self._screen is not None:
             start = "" if self._console.at_line_start else "\r\n"
             # Where the screen is gone, the guest's next byte tells the run.
-            with suppress(BrokenPipeError, terminal.OutputError):
+            with suppress(terminal.OutputError):
                 terminal.write((start + "".join(f"{line}\r\n" for line in lines)).encode())
         else:
             print("\n".join(lines), file=sys.stderr, flush=True)

@@ -29,13 +29,18 @@ class OutputError(Exception):
     """Stdout takes nothing more; the text says why."""
 
 
+class OutputClosed(OutputError):
+    """Nobody reads stdout any more. No OSError: a device of the guest's must not take it for an
+    error of its own."""
+
+
 def write(data: bytes) -> None:
-    """Write to stdout, at once. Raises OutputError; BrokenPipeError if nobody reads any more."""
+    """Write to stdout, at once. Raises OutputError."""
     try:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
-        raise
+        raise OutputClosed("nobody reads the output any more") from None
     except OSError as error:
         raise OutputError(f"the output cannot be written: {error.strerror}") from error
 
