@@ -74,7 +74,7 @@ def test_the_host_decides_two_bits_of_hcr(el2: El2) -> None:
         el2.call(HostCall.VCPU_RUN)
         value = el2.engine.read_sysreg(r.HCR_EL2)
         assert value & (3 << 13) == hcr & (3 << 13)
-        assert value & ~(3 << 13) & 0xFFFF_FFFF == 0x807F_063F | 1 << 19
+        assert value & ~(3 << 13) & 0xFFFF_FFFF == 0x807D_063F | 1 << 19
         el2.call(HostCall.VCPU_PUT)
 
 

@@ -13,10 +13,12 @@ from pkvm.hyp.vcpu import Vcpu
 WAIT_TRAPS = r.hcr("TWI", "TWE")
 """The only bits of HCR_EL2 that the host decides, by VCPU_LOAD."""
 HCR_GUEST = r.hcr(
-    "VM", "SWIO", "PTW", "FMO", "IMO", "AMO", "FB", "TID1", "TID2", "TID3", "TSC", "TIDCP", "TACR",
-    "TSW", "RW", "TLOR",
+    "VM", "SWIO", "PTW", "FMO", "IMO", "AMO", "FB", "TID1", "TID3", "TSC", "TIDCP", "TACR", "TSW",
+    "RW", "TLOR",
 ) | 1 << 10  # fmt: skip
-"""Every guest's; BSU = inner shareable."""
+"""Every guest's; BSU = inner shareable. Not TID2, which upstream sets on CPUs without FEAT_EVT: the
+cache registers and CTR_EL0 are the hardware's in either case (`sysregs.HARDWARE`), and a booting
+Linux reads CTR_EL0 a hundred thousand times."""
 HCR_PROTECTED = HCR_GUEST | r.hcr("TERR", "TEA", "TID5")
 
 MDCR_GUEST = r.MDCR.encode(TPMCR=1, TPM=1, TDA=1, TDOSA=1, TDRA=1, TPMS=1)
