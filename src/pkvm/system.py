@@ -12,7 +12,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Literal, TypedDict, Unpack
 
-from pkvm.check.census import Census, census
+from pkvm.check.census import Census, census, shared_by_guests
 from pkvm.events import Message, Recorder
 from pkvm.firmware import image as firmware_image
 from pkvm.firmware.host_tree import host_device_tree
@@ -117,6 +117,10 @@ class System:
     def census(self) -> Census:
         """Every page of RAM by owner and state."""
         return census(self.hyp.mem, self.hyp.vms())
+
+    def shared_by_guests(self) -> frozenset[int]:
+        """IPAs of the pages that guests share with the host, by EL2's account."""
+        return shared_by_guests(self.hyp.mem, self.hyp.vms())
 
     def tables(self) -> dict[str, Stage2Context]:
         """The stage-2 trees in force by name: "host", "dma", and "guest 0x1000"... by handle."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from fakes.memory_rig import HANDLE, Rig
-from pkvm.check.census import census
+from pkvm.check.census import census, shared_by_guests
 from pkvm.hyp.abi import PROT_R
 
 
@@ -34,3 +34,14 @@ def test_census_of_a_busy_machine() -> None:
     }
     parts = [*found.host.values(), *found.hyp.values(), *found.guest.values()]
     assert sum(parts) == found.total
+
+
+def test_pages_that_guests_share() -> None:
+    rig = Rig()
+    vm, borrower = rig.vm(HANDLE, tables=8), rig.vm(HANDLE + 1, tables=4)
+    rig.mem.host_donate_guest(vm, rig.first_pfn, 0x40000, 600)
+    rig.mem.host_share_guest(borrower, rig.first_pfn + 1000, 1, 1, PROT_R)
+    assert shared_by_guests(rig.mem, rig.vms) == frozenset()
+    rig.mem.guest_share_host(vm, 0x4000_5000, 2)
+    rig.mem.guest_share_host(vm, 0x4020_1000, 1)
+    assert shared_by_guests(rig.mem, rig.vms) == {0x4000_5000, 0x4000_6000, 0x4020_1000}

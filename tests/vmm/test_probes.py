@@ -10,7 +10,7 @@ import pytest
 from fakes.fake_kernel import PAGE, FakeKernel, FakeMemory
 from fakes.guests import SHARED_IPA, SharingGuest
 from pkvm.kvm import Kvm
-from pkvm.vmm.board import RAM_BASE, Board
+from pkvm.vmm.board import IMAGE_BASE, RAM_BASE, Board
 from pkvm.vmm.loader import load_image
 from pkvm.vmm.probes import KINDS, SAMPLE_PAGES, Probes
 from pkvm.vmm.vmm import Moment, Vmm
@@ -128,6 +128,21 @@ def test_memory_that_was_taken_back_is_private_again() -> None:
         vmm.run(20)
     assert (probes.pages, probes.tried, probes.refused) == (1, 6, 0)
     assert probes.got_through[0].startswith(f"IPA {SHARED_IPA >> 12:#x}")
+
+
+def test_what_is_shared_without_a_word_is_known_by_an_account_of_it() -> None:
+    guest = SharingGuest()
+    probes = Probes(account=lambda: {IMAGE_BASE})
+
+    def observe(moment: Moment) -> None:
+        guest.kernel.memories[0].shared.add(IMAGE_BASE - RAM_BASE)
+        probes.attempt(vmm, moment)
+
+    with Vmm(Kvm(guest.kernel), BOARD, IMAGE, console=lambda _: None, observe=observe) as vmm:
+        vmm.run(20)
+    assert probes.tried == probes.refused > 0
+    assert not probes.shared_trouble
+    assert probes.shared["load"].tried == 1 + 2  # announced once; at two moments by the account
 
 
 def test_a_hole_is_found_and_named() -> None:

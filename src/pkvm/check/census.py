@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pkvm.arm64.stage2 import SW_STATE_MASK, SW_STATE_SHIFT, PageState
+from pkvm.arm64.stage2 import PAGE_SHIFT, PAGE_SIZE, SW_STATE_MASK, SW_STATE_SHIFT, PageState
 from pkvm.hyp.bulk import leaves
 from pkvm.hyp.mem_protect import GuestMemory, MemProtect
 from pkvm.hyp.vmemmap import (
@@ -49,7 +49,7 @@ def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
         by_state = np.bincount(mem.vmemmap.states, minlength=256).tolist()
         by_vm = {}
         for vm in vms:
-            found = leaves(vm.stage2, 0, 1 << vm.stage2.ipa_bits - 12)
+            found = leaves(vm.stage2, 0, 1 << vm.stage2.ipa_bits - PAGE_SHIFT)
             states = (found.entries & np.uint64(SW_STATE_MASK)) >> np.uint64(SW_STATE_SHIFT)
             counts = np.bincount(states.astype(np.int64), weights=found.npages, minlength=3)
             by_vm[vm.handle] = {word: int(counts[state]) for state, word in _WORDS.items()}
@@ -67,3 +67,19 @@ def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
             },
             vms=by_vm,
         )
+
+
+def shared_by_guests(mem: MemProtect, vms: Iterable[GuestMemory]) -> frozenset[int]:
+    """IPAs of the pages that a guest shares with the host, by its stage-2 tree. Takes EL2's
+    lock."""
+    pages: set[int] = set()
+    with mem.lock:
+        for vm in vms:
+            found = leaves(vm.stage2, 0, 1 << vm.stage2.ipa_bits - PAGE_SHIFT)
+            states = (found.entries & np.uint64(SW_STATE_MASK)) >> np.uint64(SW_STATE_SHIFT)
+            of_shared = states == np.uint64(PageState.SHARED_OWNED)
+            for frame, count in zip(
+                found.frames[of_shared].tolist(), found.npages[of_shared].tolist(), strict=True
+            ):
+                pages.update(range(frame << PAGE_SHIFT, frame + count << PAGE_SHIFT, PAGE_SIZE))
+    return frozenset(pages)

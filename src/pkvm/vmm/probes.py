@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import NamedTuple
 
 from pkvm.kvm import Kernel, Memory
@@ -127,11 +127,21 @@ class Probes:
     `attempt` is an observer for `Vmm`. The pages are those that hold the image, the firmware, the
     device tree and shared memory, and `SAMPLE_PAGES` more over all slots, drawn with `seed`; or
     `everything`. When the guest takes memory back, it is that memory only.
+
+    A guest may share memory that it announces to nobody, as Linux does for its devices: `account`
+    gives the IPAs of the pages that are shared now, for those who can know.
     """
 
-    def __init__(self, *, seed: int = 0, everything: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        everything: bool = False,
+        account: Callable[[], Container[int]] | None = None,
+    ) -> None:
         self._random = random.Random(seed)
         self._everything = everything
+        self._account = account
         self.private = {kind: Tally() for kind in KINDS}
         """Attempts on pages that the guest has not shared: each should be refused."""
         self.shared = {kind: Tally() for kind in KINDS}
@@ -164,9 +174,15 @@ class Probes:
         ways = Ways(vmm.kvm.kernel)
         try:
             self.not_tried = ways.missing
+            # What the guest took back is private, whatever else may be believed.
+            if self._account is None or not vmm.protected or moment is Moment.UNSHARED:
+                unannounced: Container[int] = ()
+            else:
+                unannounced = self._account()
             for page in self._choose(vmm, moment):
                 self.pages += 1
-                if any(shared.holds(page.ipa) for shared in _usable(vmm)):
+                announced = any(shared.holds(page.ipa) for shared in _usable(vmm))
+                if announced or page.ipa in unannounced:
                     self._attempt_shared(ways, page)
                 else:
                     self._attempt_private(ways, page)
