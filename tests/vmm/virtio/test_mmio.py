@@ -153,6 +153,25 @@ class TestFeatures:
     def test_an_unprotected_guest_may_do_without_access_platform(self) -> None:
         assert self.accept(EchoRig(Echo(), protected=False), {1: 1})
 
+    def test_bad_pool_not_shared(self, rig: EchoRig) -> None:
+        page = 9
+        rig.device = mmio.MmioDevice(
+            rig.backend,
+            3,
+            rig.wire,
+            rig.memory,
+            rig.faults,
+            protected=True,
+            pool=RAM_BASE + page * 4096,
+        )
+        rig.ram.private.add(page)
+        assert not self.accept(rig, {0: 0, 1: 3})
+        (line,) = rig.faults.lines()
+        assert line.startswith("echo (slot 3) at 0x40009000: the guest has not shared the pool")
+        assert "PL011" in line
+        rig.ram.private.remove(page)
+        assert self.accept(rig, {})
+
     def test_bad_driver_ok_without_features_ok(self, rig: EchoRig) -> None:
         rig.device.write(mmio.STATUS, 4, 7)
         assert rig.status == 3

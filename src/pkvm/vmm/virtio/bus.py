@@ -43,7 +43,8 @@ class VirtioPage:
 
 
 class VirtioBus:
-    """Puts each of `backends` (by slot, 0 to 31) behind its window, on the SPI `line(spi)`.
+    """Puts each of `backends` (by slot, 0 to 31) behind its window, on the SPI `line(spi)`; the
+    rest is for `MmioDevice`.
 
     Made anew for each life of a VM, with the same backends.
     """
@@ -56,6 +57,7 @@ class VirtioBus:
         faults: Faults,
         *,
         protected: bool,
+        pool: int | None = None,
     ) -> None:
         self.devices: dict[int, MmioDevice] = {}
         """By slot."""
@@ -63,7 +65,13 @@ class VirtioBus:
         """By page number of their IPA, for `Vmm.devices`."""
         for slot, backend in sorted(backends.items()):
             device = MmioDevice(
-                backend, slot, line(board.virtio_spi(slot)), memory, faults, protected=protected
+                backend,
+                slot,
+                line(board.virtio_spi(slot)),
+                memory,
+                faults,
+                protected=protected,
+                pool=pool,
             )
             self.devices[slot] = device
             number = board.virtio_base(slot) // board.PAGE_SIZE
@@ -92,7 +100,8 @@ def plug(backends: Mapping[int, VirtioDevice], faults: Faults) -> Callable[[Vmm]
 
     def into(vmm: Vmm) -> VirtioBus:
         memory = GuestMemory([(board.RAM_BASE, vmm.ram)])
-        bus = VirtioBus(backends, memory, vmm.line, faults, protected=vmm.protected)
+        pool = vmm.board.bounce_base if vmm.protected and vmm.board.bounce_bytes else None
+        bus = VirtioBus(backends, memory, vmm.line, faults, protected=vmm.protected, pool=pool)
         vmm.devices.update(bus.pages)
         vmm.at_end(bus.halt)
         vmm.at_close(bus.reset)

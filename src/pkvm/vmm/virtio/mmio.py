@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pkvm.vmm.faults import Fault, Faults
-from pkvm.vmm.guest_memory import SHARE_IT, GuestMemory, GuestMemoryError
+from pkvm.vmm.guest_memory import SHARE_IT, GuestMemory, GuestMemoryError, PrivatePageError
 from pkvm.vmm.irq import Line
 from pkvm.vmm.virtio.device import VirtioDevice
 from pkvm.vmm.virtio.queue import Queue, QueueError
@@ -63,7 +63,9 @@ class MmioDevice:
     """`backend` behind its registers: a `Device` of the VMM's, and the backend's `Port`.
 
     `protected`: the guest's memory is its own, so that a driver must follow the platform's rules
-    about what a device can reach (ACCESS_PLATFORM) to be of any use.
+    about what a device can reach (ACCESS_PLATFORM) to be of any use. `pool` is the IPA of the
+    memory that the guest was given to share with its devices, if it was given some: a guest that
+    has not shared it cannot, and its driver had better fail at once than wait for ever.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MmioDevice:
         faults: Faults,
         *,
         protected: bool,
+        pool: int | None = None,
     ) -> None:
         self.backend = backend
         self.name = f"{backend.name} (slot {slot})"
@@ -83,6 +86,7 @@ class MmioDevice:
         self._line = line
         self._faults = faults
         self._protected = protected
+        self._pool = pool
         self._offered = backend.device_features | TRANSPORT_FEATURES
         self._queues = tuple(
             Queue(memory, index, name, backend.queue_size)
@@ -279,12 +283,29 @@ class MmioDevice:
                 "queues and buffers into private pages",
                 SHARE_IT,
             )
+        elif not self._pool_shared():
+            self.fault(
+                "the guest has not shared the pool that it was given for its devices "
+                "(restricted-dma-pool), so no device can reach its memory",
+                f"{SHARE_IT}; a kernel that cannot share works with the PL011 console and an "
+                "initramfs",
+                address=self._pool,
+            )
         else:
             for queue in self._queues:
                 queue.indirect = bool(chosen & F_INDIRECT_DESC)
                 queue.event_idx = bool(chosen & F_EVENT_IDX)
             return True
         return False
+
+    def _pool_shared(self) -> bool:
+        if self._pool is None:
+            return True
+        try:
+            self.memory.read(self._pool, 1)
+        except PrivatePageError:
+            return False
+        return True
 
     def _write_queue(self, offset: int, value: int) -> None:
         queue = self._selected
