@@ -133,6 +133,7 @@ class Vsock(VirtioDevice):
     def _pump(self) -> None:
         """Hear the guest as long as there is room for answers, and send what there is."""
         while True:
+            more = False  # Where an error ends the block, too.
             with self.port.serving(TRANSMIT) as queue:
                 more = self._hear(queue)
             with self.port.serving(RECEIVE) as queue:
