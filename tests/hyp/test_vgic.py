@@ -333,7 +333,7 @@ def test_the_end_of_a_vm_leaves_nothing_in_the_cpu(el2: El2) -> None:
     guest.run(nr_lrs=1)
     guest.end()
     gic = el2.engine.gic
-    assert (gic.ap1r, gic.lr, gic.busy) == (0, [0] * 4, False)
+    assert (gic.ap1r, gic.lr, gic.changed) == (0, [0] * 4, False)
     assert gic.vmcr == g.VMCR.encode(VFIQEn=1, VBPR0=2, VBPR1=3)
 
 

@@ -27,8 +27,9 @@ class Rig(El2):
         self.interrupts = 0
         self.machine.on_interrupt = self._interrupt
 
-    def _interrupt(self) -> None:
+    def _interrupt(self) -> bool:
         self.interrupts += 1
+        return False
 
     @property
     def ticks(self) -> int:

@@ -100,11 +100,11 @@ class Comparison(RuleBasedStateMachine):
         self.model.wants = wants
         self.model.eoicount = 0
         assert bool(self.rig.maintenance) == bool(self.model.misr())
-        assert self.rig.gic.busy == bool(lrs)
+        assert self.rig.gic.changed == bool(self.model.misr())
 
     @rule()
-    def publish(self) -> None:
-        self.rig.gic.published(keep_watching=False)
+    def fetch(self) -> None:
+        self.rig.gic.fetched()
         self.model.eoicount = 0
 
     @rule()
@@ -149,14 +149,14 @@ class Comparison(RuleBasedStateMachine):
     def _told(self) -> None:
         """What changed is asked for by EL2's flag, and announced if EL2 wants to know."""
         if self.changed:
-            assert self.rig.gic.busy
+            assert self.rig.gic.changed
             assert bool(self.rig.maintenance) == bool(self.model.misr())
 
     @rule(value=WORDS)
     def pmr(self, value: int) -> None:
         self.rig.write(r.ICC_PMR_EL1, value)
         self.model.mask = value & 0xF8
-        assert self.rig.gic.busy
+        assert self.rig.gic.changed
 
     @rule(group=st.integers(0, 1), value=WORDS)
     def igrpen(self, group: int, value: int) -> None:
@@ -278,10 +278,10 @@ def test_dir_without_split_does_nothing() -> None:
     rig = Rig()
     rig.gic.load([pending(40)], 0)
     rig.read(r.ICC_IAR1_EL1)
-    rig.gic.published(keep_watching=False)
+    rig.gic.fetched()
     rig.write(r.ICC_DIR_EL1, 40)
     rig.write(r.ICC_DIR_EL1, 77)
-    assert (rig.states()[0], rig.gic.eoicount, rig.gic.busy) == (2, 0, False)
+    assert (rig.states()[0], rig.gic.eoicount, rig.gic.changed) == (2, 0, False)
 
 
 def test_pending_and_active_becomes_pending() -> None:
@@ -323,7 +323,7 @@ def test_end_of_what_no_list_register_holds_counts() -> None:
     assert rig.gic.hcr == g.HCR_EN | g.HCR_LRENPIE | 2 << 27
     rig.write(r.ICC_EOIR1_EL1, 52)  # nothing is active any more
     assert rig.gic.eoicount == 2
-    rig.gic.published(keep_watching=False)
+    rig.gic.fetched()
     assert rig.gic.misr == 0
 
 

@@ -186,12 +186,14 @@ class HostVcpu:
     FP = 0x400
     """V0-V31 (512 bytes), FPSR and FPCR (u32 each)."""
     VGIC_HCR = 0x880
-    """ICH_HCR_EL2. The host's: the enables of maintenance interrupts. After a run, EL2's: the same
-    and EOIcount."""
+    """ICH_HCR_EL2. The host's: the enables of maintenance interrupts, which count only beside list
+    registers. After a run, EL2's: the same and EOIcount, which is told once. Like all words of the
+    interface it is written only if the guest changed any of them: the host clears EOIcount when
+    it has taken it."""
     VGIC_VMCR = 0x888
-    """ICH_VMCR_EL2 after a run."""
+    """ICH_VMCR_EL2 after a run; 0 until the guest has changed it means as reset."""
     VGIC_MISR = 0x890
-    """ICH_MISR_EL2 after a run."""
+    """ICH_MISR_EL2 after a run; says something only after an exit for an interrupt."""
     VGIC_LR = 0x8C0
     """ICH_LR0_EL2 on (room for 16)."""
 

@@ -141,7 +141,7 @@ class PhysicalCpu:
                 self._exits.accept(vcpu, kind, flags, x0)
             elif not self._enter(vcpu, flags, x0):
                 return nothing_but(ExitCode.ILLEGAL)
-            if nr_lrs or self._interface.busy:
+            if nr_lrs or self._vgic.loaded:
                 self._vgic.load(vcpu, nr_lrs)
             self._running = True
         finally:
@@ -149,7 +149,7 @@ class PhysicalCpu:
         try:
             if self._engine.run() is not _VECTOR:
                 self._vector.interrupted(vcpu)
-            if self._interface.busy:
+            if self._interface.changed:
                 self._vgic.publish(vcpu)
             return self._exits.results if protected else self._nonprotected.results
         finally:

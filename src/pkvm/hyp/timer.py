@@ -18,7 +18,10 @@ from pkvm.machine.alarms import Alarm
 from pkvm.machine.clock import NS_PER_TICK
 from pkvm.machine.cpu.engine import CpuEngine
 
-_ENABLE, _IMASK = 1, 2
+# CNTV_CTL_EL0
+_ENABLE, _IMASK, _ISTATUS = 1, 2, 4
+_OUTPUT_BITS = _ENABLE | _IMASK | _ISTATUS
+_ASSERTED = _ENABLE | _ISTATUS
 
 
 class Timers:
@@ -35,21 +38,18 @@ class Timers:
         """1 if the vCPU's virtual timer asserts its interrupt now, else 0."""
         engine = self._engine
         if resident:
-            ctl, cval = engine.read_sysreg(CNTV_CTL_EL0), engine.read_sysreg(CNTV_CVAL_EL0)
-        else:
-            ctl, cval = vcpu.vtimer_ctl, vcpu.vtimer_cval
-        if ctl & (_ENABLE | _IMASK) != _ENABLE:
+            return int(engine.read_sysreg(CNTV_CTL_EL0) & _OUTPUT_BITS == _ASSERTED)
+        if vcpu.vtimer_ctl != _ENABLE:
             return 0
-        return int(engine.read_sysreg(CNTPCT_EL0) >= cval)
+        return int(engine.read_sysreg(CNTPCT_EL0) >= vcpu.vtimer_cval)
 
     def save(self, vcpu: Vcpu) -> None:
         """The vCPU leaves the CPU; a deadline to come is EL2's business. One that is past has been
         announced by the CPU's own timer, or will be at once."""
         engine = self._engine
-        ctl = engine.read_sysreg(CNTV_CTL_EL0) & (_ENABLE | _IMASK)
-        cval = engine.read_sysreg(CNTV_CVAL_EL0)
-        vcpu.vtimer_ctl, vcpu.vtimer_cval = ctl, cval
-        if ctl != _ENABLE or engine.read_sysreg(CNTPCT_EL0) >= cval:
+        ctl, cval = engine.read_sysreg(CNTV_CTL_EL0), engine.read_sysreg(CNTV_CVAL_EL0)
+        vcpu.vtimer_ctl, vcpu.vtimer_cval = ctl & (_ENABLE | _IMASK), cval
+        if ctl & _OUTPUT_BITS != _ENABLE:
             return
         alarm = self._alarms.get(vcpu.pa)
         if alarm is None:

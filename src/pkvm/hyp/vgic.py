@@ -8,8 +8,8 @@ once, and clears what the host has no say in. After the run the host gets them
 back in the same place, with ICH_VMCR_EL2, ICH_MISR_EL2 and EOIcount. Active
 priorities stay with EL2.
 
-A run with no list register, in which the guest leaves the interface alone, costs
-nothing and writes nothing: `VirtualCpuInterface.busy` is False.
+What has not changed is not moved. A run with no list register, in which the
+guest leaves the interface alone, costs nothing and writes nothing.
 """
 
 from __future__ import annotations
@@ -39,33 +39,45 @@ _SHOWN_HCR = g.HCR_MAINTENANCE | g.HCR_EOICOUNT
 
 
 class VirtualGic:
-    """The virtual CPU interface of the physical CPU, as EL2 handles it."""
+    """The virtual CPU interface of the physical CPU, as EL2 handles it.
+
+    `load` must be called before a run for which the host has list registers, or if there are some
+    `loaded`; `publish` after a run that left `VirtualCpuInterface.changed` set.
+    """
 
     def __init__(self, interface: VirtualCpuInterface) -> None:
         self._interface = interface
-        self._loaded = 0
-        """How many list registers the host gave for this run."""
+        self.loaded: list[int] = []
+        """The list registers as the host's page has them, if it has not touched them since."""
+        self._hcr = 0
+        """Its VGIC_HCR likewise."""
 
     def load(self, vcpu: Vcpu, nr_lrs: int) -> None:
         """Before the resident vCPU runs: `nr_lrs` list registers from the host's page."""
-        page = vcpu.page
-        self._loaded = nr = min(nr_lrs & MASK64, g.LIST_REGISTERS)
-        if not nr:
-            self._interface.load((), 0)
+        interface, page = self._interface, vcpu.page
+        nr = min(nr_lrs & MASK64, g.LIST_REGISTERS)
+        lrs = page[_LR : _LR + nr].tolist()
+        hcr = page[_HCR] if nr else 0
+        dirt = hcr & ~g.HCR_MAINTENANCE
+        if lrs == self.loaded and hcr == self._hcr and not dirt and not interface.misr:
             return
-        hcr = page[_HCR]
-        lrs = [lr & (_ALLOWED_WITH_HW if lr & g.LR_HW else _ALLOWED) for lr in page[_LR : _LR + nr]]
-        self._interface.load(lrs, hcr)
+        clean = [lr & (_ALLOWED_WITH_HW if lr & g.LR_HW else _ALLOWED) for lr in lrs]
+        interface.load(clean, hcr)
+        if dirt or clean != lrs:
+            interface.changed = True
+        self.loaded, self._hcr = lrs, hcr
 
     def publish(self, vcpu: Vcpu) -> None:
         """After the run: give the list registers back, and what the guest made of the rest."""
-        interface, page, nr = self._interface, vcpu.page, self._loaded
-        for index in range(nr):
-            page[_LR + index] = interface.lr[index]
-        page[_HCR] = interface.hcr & _SHOWN_HCR
+        interface, page, nr = self._interface, vcpu.page, len(self.loaded)
+        lrs, hcr = interface.lr[:nr], interface.hcr & _SHOWN_HCR
+        for index, lr in enumerate(lrs, start=_LR):
+            page[index] = lr
+        page[_HCR] = hcr
         page[_VMCR] = interface.vmcr
         page[_MISR] = interface.misr
-        interface.published(nr > 0)
+        interface.fetched()
+        self.loaded, self._hcr = lrs, hcr if nr else 0
 
     def save(self, vcpu: Vcpu) -> None:
         """The vCPU leaves the CPU."""
@@ -77,7 +89,9 @@ class VirtualGic:
     def restore(self, vcpu: Vcpu) -> None:
         """The vCPU comes to the CPU, with no interrupt pending yet."""
         self._interface.load_context(vcpu.vgic_vmcr, vcpu.vgic_ap0r, vcpu.vgic_ap1r)
+        self.loaded, self._hcr = [], 0
 
     def forget(self) -> None:
         """Nothing of any vCPU stays."""
         self._interface.load_context(0, 0, 0)
+        self.loaded, self._hcr = [], 0

@@ -47,14 +47,14 @@ class VirtualCpuInterface:
     """The interface. `drive(irq, fiq)` sets the levels of the virtual lines; `maintain()` is a
     maintenance interrupt, called whenever one is asserted after a change.
 
-    `lr` are the list registers. `busy`: EL2 has something to fetch or to clear: list registers are
-    loaded, or the guest changed ICH_VMCR_EL2 or ICH_HCR_EL2.EOIcount since EL2 cleared the flag.
+    `lr` are the list registers. `changed`: the state is not what EL2 loaded or fetched last, or a
+    maintenance interrupt was asserted.
     """
 
     def __init__(self, drive: Callable[[bool, bool], None], maintain: Callable[[], None]) -> None:
         self._drive = drive
         self._maintain = maintain
-        self.busy = False
+        self.changed = False
         self.lr = [0] * g.LIST_REGISTERS
         self._enables = 0
         self._watched = False
@@ -96,6 +96,8 @@ class VirtualCpuInterface:
     @property
     def misr(self) -> int:
         """ICH_MISR_EL2: reasons for a maintenance interrupt that are asserted."""
+        if not self._watched:
+            return 0
         enables = self._enables
         reasons = g.MISR_EOI if self.eisr else 0
         if enables:
@@ -136,7 +138,7 @@ class VirtualCpuInterface:
         self._watched = bool(self._enables) or any(lr & g.LR_EOI for lr in lrs)
         self.eoicount = 0
         self.enabled = True
-        self.busy = bool(lrs)
+        self.changed = False
         self._update()
 
     def load_context(self, vmcr: int, ap0r: int, ap1r: int) -> None:
@@ -145,11 +147,10 @@ class VirtualCpuInterface:
         self._program(vmcr, ap0r, ap1r)
         self.load((), 0)
 
-    def published(self, keep_watching: bool) -> None:
-        """EL2 has fetched the state: EOIcount starts from 0, and nothing is new until the guest
-        changes it, or all the time with `keep_watching`."""
+    def fetched(self) -> None:
+        """EL2 has fetched the state: EOIcount starts from 0."""
         self.eoicount = 0
-        self.busy = keep_watching
+        self.changed = False
 
     def _program(self, vmcr: int, ap0r: int, ap1r: int) -> None:
         self._enabled = [vmcr & 1, vmcr >> 1 & 1]
@@ -206,14 +207,13 @@ class VirtualCpuInterface:
         if (1 if lr & g.LR_GROUP1 else 0) != group or not self._preempts(lr):
             return g.SPURIOUS
         intid = lr & g.INTID_MASK
-        self.busy = True
         if g.FIRST_SPECIAL <= intid <= g.SPURIOUS:
             self.lr[index] = lr & ~_STATE
         else:
             priority = lr >> _PRIORITY_SHIFT & 0xFF & self._group_mask(group)
             self._ap[group] |= 1 << (priority >> _LOW_BITS)
             self.lr[index] = lr & ~_STATE | (_ACTIVE if intid < g.FIRST_LPI else _INVALID)
-        self._update()
+        self._change()
         return intid
 
     def _end(self, group: int, value: int) -> None:
@@ -233,8 +233,7 @@ class VirtualCpuInterface:
                 own = lr >> _PRIORITY_SHIFT & 0xFF & self._group_mask(group)
                 if (1 if lr & g.LR_GROUP1 else 0) == group and own == dropped:
                     self.lr[index] = lr & ~_ACTIVE
-        self.busy = True
-        self._update()
+        self._change()
 
     def _write_dir(self, value: int) -> None:
         """ICC_DIR_EL1: deactivation, with EOImode 1."""
@@ -246,8 +245,7 @@ class VirtualCpuInterface:
             self._count_eoi()
         else:
             self.lr[index] &= ~_ACTIVE
-        self.busy = True
-        self._update()
+        self._change()
 
     def _highest_pending(self, group: int) -> int:
         """ICC_HPPIR0/1_EL1: whatever the priority mask and the running priority."""
@@ -268,19 +266,19 @@ class VirtualCpuInterface:
 
     def _write_ctlr(self, value: int) -> None:
         self._cbpr, self._eoimode = value & 1, value >> 1 & 1
-        self._changed()
+        self._change()
 
     def _write_enable(self, group: int, value: int) -> None:
         self._enabled[group] = value & 1
-        self._changed()
+        self._change()
 
     def _write_pmr(self, value: int) -> None:
         self._pmr = value & g.PRIORITY_MASK
-        self._changed()
+        self._change()
 
     def _write_bpr0(self, value: int) -> None:
         self._bpr[0] = max(value & 7, g.BPR0_MINIMUM)
-        self._changed()
+        self._change()
 
     def _read_bpr1(self) -> int:
         return min(self._bpr[0] + 1, 7) if self._cbpr else self._bpr[1]
@@ -288,16 +286,16 @@ class VirtualCpuInterface:
     def _write_bpr1(self, value: int) -> None:
         if not self._cbpr:
             self._bpr[1] = max(value & 7, g.BPR1_MINIMUM)
-            self._changed()
+            self._change()
 
     def _write_ap(self, group: int, value: int) -> None:
         self._ap[group] = value & _AP_MASK
-        self._changed()
+        self._change()
 
     # The state behind
 
-    def _changed(self) -> None:
-        self.busy = True
+    def _change(self) -> None:
+        self.changed = True
         self._update()
 
     def _update(self) -> None:
@@ -309,6 +307,7 @@ class VirtualCpuInterface:
         else:
             self._drive(False, False)
         if self._watched and self.enabled and self.misr:
+            self.changed = True
             self._maintain()
 
     def _candidate(self) -> int:
