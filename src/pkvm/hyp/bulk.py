@@ -174,7 +174,8 @@ def missing_tables(stage2: Stage2, wanted: list[tuple[int, Runs]]) -> int:
     tables = np.empty(0, np.int64)
     for level in range(LAST_LEVEL, stage2.start_level, -1):
         new = [cut(runs)[0].starts >> _TABLE_SHIFT for at, runs in wanted if at == level]
-        tables = np.unique(np.concatenate((tables >> _TABLE_SHIFT, *map(distinct, new))))
+        # Not np.unique: the first use of it imports numpy.ma, which takes 10 ms.
+        tables = distinct(np.sort(np.concatenate((tables >> _TABLE_SHIFT, *map(distinct, new)))))
         entries = stage2.memory.u64[slots(stage2, tables, level - 1)]
         missing += int(np.count_nonzero(entries & TABLE != TABLE))
     return missing
@@ -238,7 +239,7 @@ def clear(stage2: Stage2, runs: Runs, level: int = LAST_LEVEL) -> None:
 
 def clear_leaves(stage2: Stage2, found: Leaves) -> None:
     """Zero these leaves, whole blocks included, as `clear` does."""
-    for level in np.unique(found.levels).tolist():
+    for level in np.flatnonzero(np.bincount(found.levels)).tolist():
         frames = found.frames[found.levels == level]
         clear(stage2, runs_in(frames >> level_shift(level) - PAGE_SHIFT), level)
 
