@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
 
-from pkvm.cli import devices
+from fakes.code import POWER_OFF
+from fakes.virtio_driver import Driver, Rig
+from pkvm.cli import devices, run, status
+from pkvm.cli.main import main
 from pkvm.vmm.errors import LoadError
 from pkvm.vmm.virtio.blk import F_RO, Block
 from pkvm.vmm.virtio.disk import Disk
@@ -16,7 +20,7 @@ from pkvm.vmm.virtio.disk import Disk
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    devices.add_options(parser)
+    run.configure(parser)
     return parser.parse_args(words)
 
 
@@ -57,6 +61,48 @@ def test_when_one_cannot_be_made_the_others_are_closed(image: str, tmp_path: Pat
     Disk(image).close()  # is not in use
 
 
+@pytest.mark.parametrize(
+    ("options", "repeats"), [((), False), (("--seed", "7"), True), (("--clock", "virtual"), True)]
+)
+def test_entropy_repeats_where_the_run_does(options: tuple[str, ...], repeats: bool) -> None:
+    drawn = {
+        Driver(Rig(devices.Devices(parse("--rng", *options)).by_slot[0])).request(writable=[32])
+        for _ in range(2)
+    }
+    assert (len(drawn) == 1) == repeats
+
+
 def test_bad_too_many() -> None:
     with pytest.raises(LoadError, match=r"slots \(32\)"):
         devices.Devices(parse(*["--rng"] * 33))
+
+
+def test_the_report_has_a_row_for_each(
+    image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    payload = tmp_path / "payload"
+    payload.write_bytes(POWER_OFF)
+    options = ["--timeout", "60", "--rng", "--disk", image, str(payload)]
+    assert main(["run", "--json", *options]) == status.OK
+    report = json.loads(capsys.readouterr().out)
+    assert [row["device"] for row in report["devices"]] == [
+        "virtio-rng (slot 0)",
+        f"virtio-blk {image} (slot 1)",
+    ]
+    assert all(row["bounced"] and not row["buffers"] for row in report["devices"])
+    assert report["device_faults"] == []
+    assert main(["run", "--unprotected", *options]) != status.USAGE
+    assert "Virtio devices:\n  virtio-rng (slot 0): 0 buffers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["odd", "none", "folder"])
+def test_bad_disk_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    (tmp_path / "odd").write_bytes(bytes(100))
+    (tmp_path / "folder").mkdir()
+    assert main(["run", "--disk", str(tmp_path / what)]) == status.USAGE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert str(tmp_path / what) in captured.err

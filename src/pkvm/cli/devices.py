@@ -7,9 +7,11 @@ Devices get their slots in the order of the command line.
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pkvm.cli.options import seed_of
 from pkvm.vmm.board import VIRTIO_SLOTS
 from pkvm.vmm.errors import LoadError
 from pkvm.vmm.faults import Faults
@@ -21,17 +23,17 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """An option, and what it makes. `make` gets the option's value (None where it has none), and
-    raises LoadError or OSError for one that cannot be used."""
+    """An option, and what it makes. `make` gets the option's value (None where it has none) and all
+    the others, and raises LoadError or OSError for one that cannot be used."""
 
     option: str
     metavar: str | None
     """None for an option without a value."""
     help: str
-    make: Callable[[str | None], VirtioDevice]
+    make: Callable[[str | None, argparse.Namespace], VirtioDevice]
 
 
-def disk(value: str | None) -> VirtioDevice:
+def disk(value: str | None, args: argparse.Namespace) -> VirtioDevice:
     """`--disk FILE[,ro]`."""
     # Imported here, as below: a device that is not asked for costs no start-up time.
     from pkvm.vmm.virtio.blk import Block
@@ -42,14 +44,15 @@ def disk(value: str | None) -> VirtioDevice:
     return Block(Disk(path, read_only=path != text), identity=path.rpartition("/")[2])
 
 
-def rng(value: str | None) -> VirtioDevice:
-    """`--rng`."""
+def rng(value: str | None, args: argparse.Namespace) -> VirtioDevice:
+    """`--rng`: from this machine's entropy, or, where a run is to be repeated, from its seed."""
     from pkvm.vmm.virtio.rng import Entropy
 
-    return Entropy()
+    seed = seed_of(args)
+    return Entropy() if seed is None else Entropy(random.Random(seed).randbytes)
 
 
-def net(value: str | None) -> VirtioDevice:
+def net(value: str | None, args: argparse.Namespace) -> VirtioDevice:
     """`--net tap=NAME[,mac=..][,mtu=N]` or `--net passt=SOCKET[,mac=..][,mtu=N]`."""
     from pkvm.vmm.virtio.links import StreamLink, Tap
     from pkvm.vmm.virtio.net import DEFAULT_MTU, MAX_MTU, MIN_MTU, Net, parse_mac
@@ -73,7 +76,7 @@ def net(value: str | None) -> VirtioDevice:
     return Net(Tap(name) if kind == "tap" else StreamLink.connect(name), mac=mac, mtu=mtu)
 
 
-def vsock(value: str | None) -> VirtioDevice:
+def vsock(value: str | None, args: argparse.Namespace) -> VirtioDevice:
     """`--vsock CID,SOCKET`."""
     from pkvm.vmm.virtio.vsock import Vsock
 
@@ -154,7 +157,7 @@ class Devices:
         self._bus: VirtioBus | None = None
         try:
             for kind, value in args.devices:
-                self.add(kind.make(value))
+                self.add(kind.make(value, args))
         except BaseException:
             self.close()
             raise

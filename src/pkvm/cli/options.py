@@ -105,6 +105,13 @@ def firmware(args: argparse.Namespace) -> bytes:
     return firmware_image.check(read_file(args.firmware, "a firmware image", 2 * FIRMWARE_BYTES))
 
 
+def seed_of(args: argparse.Namespace) -> int | None:
+    """The seed of everything random in a run that is to be repeated; None if it is not: then the
+    machine's entropy is used."""
+    seed: int | None = args.seed
+    return 0 if seed is None and args.clock == "virtual" else seed
+
+
 def make_system(
     args: argparse.Namespace, recorder: Recorder, guest_bytes: int, **options: Any
 ) -> System:

@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
     wanted = guest.load(args, virtio.by_slot)
     firmware = options.firmware(args)
     counting = CountingRecorder()
-    seed = 0 if args.seed is None and args.clock == "virtual" else args.seed
+    seed = options.seed_of(args)
     probes = Probes(
         seed=seed or 0,
         everything=args.probe_all,
