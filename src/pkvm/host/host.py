@@ -50,6 +50,9 @@ class Host:
     list_registers: int | None = field(default=None)
     """How many the CPU has, once EL2 was asked; 0: VMs have no interrupt controller."""
 
+    def __post_init__(self) -> None:
+        self.timers.loaded = lambda: self.loaded
+
     @property
     def firmware_size(self) -> int:
         """Bytes of guest firmware, 0 if the boot firmware left none."""

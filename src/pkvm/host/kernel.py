@@ -124,10 +124,11 @@ class HostKernel:
         """Pages of RAM that nobody uses."""
         return self._host.pages.free_pages
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         """A timer of the CPU's is due: a vCPU that waits may have an interrupt. From the machine's
-        alarm thread; with the virtual clock from where a guest runs or time jumps."""
-        self._host.timers.interrupt()
+        alarm thread; with the virtual clock from where a guest runs or time jumps. True if the
+        CPU need not leave its guest for it."""
+        return self._host.timers.interrupt()
 
     def open(self, path: str) -> int:
         """open(2): "/dev/kvm" or "/dev/dma-copy", else ENOENT. Raises EMFILE."""

@@ -84,9 +84,10 @@ class Alarm(Protocol):
 class Alarms(Protocol):
     """The machine's timers, as far as the host may have them."""
 
-    def new(self, callback: Callable[[], None], /) -> Alarm:
+    def new(self, callback: Callable[[], bool], /) -> Alarm:
         """A timer, not set, that interrupts by calling `callback`: with the real clock in a thread
-        of its own, with the virtual clock in the thread that runs the guest or calls `jump`."""
+        of its own, with the virtual clock in the thread that runs the guest or calls `jump`. The
+        CPU leaves its guest then, unless the callback returns True."""
         ...
 
     def jump(self) -> bool:

@@ -105,6 +105,8 @@ def _load(vcpu: Vcpu) -> None:
         vm.init_vcpu_at_el2(vcpu)
     _check_role(vcpu)
     vm.host.load(vcpu)
+    if vcpu.gic is not None:
+        vm.host.timers.interrupted(vcpu.gic)
 
 
 def _check_role(vcpu: Vcpu) -> None:

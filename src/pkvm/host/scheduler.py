@@ -79,9 +79,11 @@ class KickedError(Exception):
 class Runner:
     """A vCPU as the scheduler knows it."""
 
-    __slots__ = ("asleep", "awaited_until", "carrier", "in_run", "kicked", "thread")
+    __slots__ = ("asleep", "awaited_until", "bell", "carrier", "in_run", "kicked", "thread")
 
     def __init__(self) -> None:
+        self.bell: threading.Condition | None = None
+        """Where its thread waits, once it has."""
         self.in_run = False
         """Whether a KVM_RUN is under way."""
         self.kicked = False
@@ -118,12 +120,16 @@ class Scheduler:
         self._grace_s = grace_s
         self.lock = KernelLock(self.want_kernel)
         self._mutex = threading.RLock()
-        self._changed = threading.Condition(self._mutex)
+        self._common_bell = threading.Condition(self._mutex)
+        """With the virtual clock all wait together, and go on in the order in which they came."""
         self.turn: Runner | None = None
         """Whose turn it is; for others to read."""
         self._slice_end = 0
         """When the turn's slice is over: nanoseconds of the real clock, or blocks."""
         self._queue: deque[Runner] = deque()
+        self._sleepers: set[Runner] = set()
+        self._leaving: deque[Runner] = deque()
+        """With the virtual clock: who was kicked and has not left KVM_RUN yet, in order."""
         self.idle: Callable[[], bool] | None = None
         """With the virtual clock: called with the kernel lock when every vCPU sleeps. True if it
         found something to do, after which somebody may be awake."""
@@ -131,6 +137,11 @@ class Scheduler:
         """Every vCPU sleeps, and `idle` has not been called since."""
         self._guest: Runner | None = None
         """The vCPU whose code the CPU executes now."""
+
+    @property
+    def in_guest(self) -> bool:
+        """Whether the CPU executes a vCPU's code."""
+        return self._guest is not None
 
     def want_kernel(self) -> None:
         """A thread waits for the kernel lock: a guest gives way at once, but for virtual time."""
@@ -155,12 +166,14 @@ class Scheduler:
         if keep_turn and self.turn is runner:
             if self._virtual:
                 runner.thread = threading.current_thread()
+                self._has_left(runner)
             runner.carrier = get_ident()
             runner.in_run = False
             return
         with self._mutex:
             runner.in_run = False
             runner.asleep = False
+            self._has_left(runner)
             if self.turn is runner:
                 self._pass_turn()
             else:
@@ -180,8 +193,10 @@ class Scheduler:
         """End a KVM_RUN of `runner` that is under way. From any thread, without the kernel lock."""
         with self._mutex:
             if runner.in_run:
+                if self._virtual and not runner.kicked:
+                    self._leaving.append(runner)
                 runner.kicked = True
-                self._changed.notify_all()
+                _ring(runner)
         if self._guest is runner:
             self._interrupt()
 
@@ -229,25 +244,34 @@ class Scheduler:
         is released meanwhile. Raises KickedError."""
         with self._mutex:
             runner.asleep = True
+            self._sleepers.add(runner)
             if self.turn is runner:
                 self._pass_turn()
             else:
                 self._drop(runner)
-        while runner.asleep:
-            if self._idle and self.idle is not None and not runner.kicked:
-                self._idle = self.idle() and self.turn is None
-                continue
-            self.lock.leave()
-            try:
-                with self._mutex:
-                    while runner.asleep:
-                        if runner.kicked:
-                            raise KickedError
-                        if self._idle:
-                            break
-                        self._changed.wait()
-            finally:
-                self.lock.enter()
+        try:
+            while runner.asleep:
+                if self._idle and self.idle is not None and not runner.kicked:
+                    self._idle = self.idle() and self.turn is None
+                else:
+                    self._sleep(runner)
+        finally:
+            with self._mutex:
+                self._sleepers.discard(runner)
+
+    def _sleep(self, runner: Runner) -> None:
+        """Until `runner` is awake or everybody sleeps. Raises KickedError."""
+        self.lock.leave()
+        try:
+            with self._mutex:
+                while runner.asleep:
+                    if self._must_leave(runner):
+                        raise KickedError
+                    if self._idle:
+                        return
+                    self._wait(runner)
+        finally:
+            self.lock.enter()
 
     def wake(self, runner: Runner) -> None:
         """End `runner`'s sleep; it waits for its turn from now on. Called with the kernel lock."""
@@ -258,7 +282,7 @@ class Scheduler:
                 self._queue.append(runner)
                 if self.turn is None:
                     self._pass_turn()
-            self._changed.notify_all()
+            _ring(runner)
 
     def yield_turn(self, runner: Runner) -> None:
         """End `runner`'s slice: `breathe` passes the turn on if another vCPU waits."""
@@ -297,11 +321,31 @@ class Scheduler:
             self.turn.carrier = 0
             self.turn = None
         if self._queue:
-            self._start_turn(self._queue.popleft())
-            self._changed.notify_all()
+            following = self._queue.popleft()
+            self._start_turn(following)
+            _ring(following)
         elif self._virtual and self.idle is not None:
             self._idle = True
-            self._changed.notify_all()
+            for runner in self._sleepers:
+                _ring(runner)
+
+    def _must_leave(self, runner: Runner) -> bool:
+        """Whether a KVM_RUN that waits was kicked. With the virtual clock they leave in the order
+        of the kicks, however their threads are scheduled."""
+        return runner.kicked and not (self._leaving and self._leaving[0] is not runner)
+
+    def _has_left(self, runner: Runner) -> None:
+        if runner in self._leaving:
+            with self._mutex:
+                self._leaving.remove(runner)
+                self._common_bell.notify_all()
+
+    def _wait(self, runner: Runner, timeout: float | None = None) -> None:
+        """In `runner`'s thread, until somebody rings."""
+        if runner.bell is None:
+            own = not self._virtual
+            runner.bell = threading.Condition(self._mutex) if own else self._common_bell
+        runner.bell.wait(timeout)
 
     def _drop(self, runner: Runner) -> None:
         if runner in self._queue:
@@ -309,14 +353,14 @@ class Scheduler:
 
     def _await_turn(self, runner: Runner) -> None:
         while self.turn is not runner:
-            if runner.kicked:
+            if self._must_leave(runner):
                 self._drop(runner)
                 raise KickedError
             holder = self.turn
             if holder is None or self._may_lose_turn(holder):
                 self._pass_turn()
                 continue
-            self._changed.wait(self._patience(holder))
+            self._wait(runner, self._patience(holder))
 
     def _may_lose_turn(self, holder: Runner) -> bool:
         """Whether a vCPU that has the turn and is not in the kernel has had it long enough."""
@@ -338,3 +382,9 @@ class Scheduler:
         if self._guest is holder:
             self._interrupt()
         return REAL_SLICE_NS / 1e9
+
+
+def _ring(runner: Runner) -> None:
+    """Something has changed for `runner`; called with the scheduler's mutex held."""
+    if runner.bell is not None:
+        runner.bell.notify_all()

@@ -123,6 +123,8 @@ class Timers:
         self._physical: dict[GicCpu, PhysicalTimer] = {}
         self._waiting: set[GicCpu] = set()
         """vCPUs that an alarm may be for: about to sleep or asleep."""
+        self.loaded: Callable[[], Vcpu | None] = lambda: None
+        """The vCPU that the CPU has (`Host.loaded`)."""
         self._due = False
         """With the virtual clock: an alarm was due, and nobody has looked at the timers yet."""
         sched.idle = self._jump
@@ -178,29 +180,38 @@ class Timers:
             cpu.waiting = False
             self._waiting.discard(cpu)
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> bool:
         """A physical interrupt that is nobody's but the timers'. From any thread; with the real
-        clock without the kernel lock."""
+        clock without the kernel lock. True if the CPU need not leave its guest for it: whoever
+        has the kernel lock knows that no guest runs."""
         if self._clock.virtual:
             self._due = True
-            return
-        if not self._waiting and not any(timer.armed for timer in [*self._physical.values()]):
-            return
+            return False
+        if self._sched.in_guest and not self._waiting and not self._armed():
+            return False
         lock = self._sched.lock
         lock.enter()
         try:
             self._look()
         finally:
             lock.leave()
+        return True
+
+    def _armed(self) -> bool:
+        return any(timer.armed for timer in [*self._physical.values()])
 
     def _look(self) -> None:
-        """Look at every timer that may have expired."""
+        """Look at every timer that may have expired: those that alarms are set for, those of
+        vCPUs that wait, and the CPU's own. Other vCPUs' are looked at when they are loaded."""
         self._due = False
         for cpu, timer in self._physical.items():
             if timer.armed:
                 self._follow(cpu)
         for cpu in list(self._waiting):
             self._sample(cpu)
+        loaded = self.loaded()
+        if loaded is not None and loaded.gic is not None:
+            self._sample(loaded.gic)
 
     def _sample(self, cpu: GicCpu) -> None:
         """Take over the virtual timer's output, unless it is known to be high: then it is asked
@@ -251,7 +262,7 @@ class _NoAlarm:
 class _NoAlarms:
     """A machine without alarms."""
 
-    def new(self, callback: Callable[[], None]) -> Alarm:
+    def new(self, callback: Callable[[], bool], /) -> Alarm:
         """One that never comes."""
         return _NoAlarm()
 

@@ -2,7 +2,7 @@
 """Alarms: what happens at a moment of the machine's time.
 
 An alarm that is due is a physical interrupt: its callback is called, once, and
-the CPU leaves its guest.
+the CPU leaves its guest, unless the callback returned True: dealt with.
 
 With the real clock one thread of the machine waits for the nearest deadline. To
 set an alarm wakes it only if it would sleep too long. With the virtual clock no
@@ -24,6 +24,10 @@ from pkvm.machine.clock import NS_PER_BLOCK, RealClock, VirtualClock
 _LONGEST_WAIT_S = 3600.0
 
 
+Callback = Callable[[], bool | None]
+"""What an alarm calls. True: the CPU need not leave its guest for it."""
+
+
 class AlarmedCpu(Protocol):
     """What an alarm interrupts; `CpuEngine` is one."""
 
@@ -41,7 +45,7 @@ class Alarm:
 
     __slots__ = ("_alarms", "callback", "deadline", "overdue")
 
-    def __init__(self, alarms: Alarms, callback: Callable[[], None]) -> None:
+    def __init__(self, alarms: Alarms, callback: Callback) -> None:
         self._alarms = alarms
         self.callback = callback
         self.deadline: int | None = None
@@ -80,7 +84,7 @@ class Alarms:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def new(self, callback: Callable[[], None]) -> Alarm:
+    def new(self, callback: Callback) -> Alarm:
         """An alarm that is not set."""
         alarm = Alarm(self, callback)
         with self._lock:
@@ -109,8 +113,9 @@ class Alarms:
                 self._alarms.remove(alarm)
 
     def fire(self) -> None:
-        """Call the callbacks of what is due, and interrupt the CPU if anything is."""
-        if self._call_due():
+        """Call the callbacks of what is due, and interrupt the CPU if anything is and is not dealt
+        with."""
+        if self._call_due()[1]:
             self._cpu.interrupt()
 
     def jump(self) -> bool:
@@ -123,7 +128,7 @@ class Alarms:
         if nearest is None:
             return False
         self._virtual.advance_to(nearest)
-        return self._call_due()
+        return self._call_due()[0]
 
     def close(self) -> None:
         """No callback comes once this returns, unless it is called from one. Idempotent."""
@@ -134,7 +139,8 @@ class Alarms:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _call_due(self) -> bool:
+    def _call_due(self) -> tuple[bool, bool]:
+        """Whether anything was due, and whether the CPU must leave its guest for it."""
         with self._lock:
             now = self._clock.now_ns()
             due: list[tuple[int, Alarm]] = []
@@ -148,9 +154,8 @@ class Alarms:
             if self._virtual is not None:
                 self._program(self._nearest())
         due.sort(key=lambda entry: entry[0])
-        for _, alarm in due:
-            alarm.callback()
-        return bool(due)
+        dealt_with = [alarm.callback() for _, alarm in due]
+        return bool(due), not all(dealt_with)
 
     def _nearest(self) -> int | None:
         """The next deadline; with the lock held."""

@@ -85,9 +85,10 @@ class Machine:
         self.host_bus.on_write = self._engine.invalidate_code
         self.dma_bus.on_write = self._engine.invalidate_code
         self.alarms = Alarms(self.clock, self._engine)
-        self.on_interrupt: Callable[[], None] | None = None
+        self.on_interrupt: Callable[[], bool | None] | None = None
         """The host's, called from the alarm thread or `Alarms.jump` when a timer of the CPU's is
-        due: a vCPU that waits may have an interrupt."""
+        due: a vCPU that waits may have an interrupt. True if the CPU need not leave its guest,
+        since the host has had it meanwhile."""
         self._virtual_timer = self.new_timer()
         self._engine.on_alarm = self.alarms.fire
         self._engine.on_deadline = self._set_virtual_timer
@@ -119,9 +120,8 @@ class Machine:
         the counter, which comes here), and no more once it is gone."""
         return self._last_blocks if self._engine is None else self._engine.blocks
 
-    def _timer_interrupt(self) -> None:
-        if self.on_interrupt is not None:
-            self.on_interrupt()
+    def _timer_interrupt(self) -> bool:
+        return self.on_interrupt is not None and bool(self.on_interrupt())
 
     def _set_virtual_timer(self, count: int | None) -> None:
         if count is None:
