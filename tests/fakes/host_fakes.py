@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pkvm import events
+from pkvm.arm64.gic import VTR_VALUE
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.kernel import HostKernel
 from pkvm.hyp.abi import (
@@ -110,6 +111,9 @@ class FakeVcpu:
         self.flags = 0
         self.x0 = 0
         """The host's answer: the arguments of the VCPU_RUN under way."""
+        self.nr_lrs = 0
+        self.timer_output = 0
+        """VCPU_TIMER's answer."""
 
     def read(self, offset: int) -> int:
         return self.el2.bus.read_u64(self.page + offset)
@@ -124,8 +128,20 @@ class FakeVcpu:
                 self.results[getattr(RunResult, name.upper())] = value & MASK64
         return ExitCode.TRAP
 
-    def run(self, flags: int, x0: int) -> int:
-        self.flags, self.x0 = flags, x0
+    def list_registers(self) -> list[int]:
+        """What the host gave for the VCPU_RUN under way."""
+        return [self.read(HostVcpu.VGIC_LR + 8 * n) for n in range(self.nr_lrs)]
+
+    def set_list_register(self, number: int, value: int) -> None:
+        """What the guest, or the CPU interface, makes of one."""
+        self.el2.bus.write_u64(self.page + HostVcpu.VGIC_LR + 8 * number, value)
+
+    def set_vmcr(self, value: int) -> None:
+        """ICH_VMCR_EL2 as EL2 shows it."""
+        self.el2.bus.write_u64(self.page + HostVcpu.VGIC_VMCR, value)
+
+    def run(self, flags: int, x0: int, nr_lrs: int) -> int:
+        self.flags, self.x0, self.nr_lrs = flags, x0, nr_lrs
         self.results = [0] * RunResult.COUNT
         return next(self.code, ExitCode.ILLEGAL)
 
@@ -156,6 +172,7 @@ class FakeEl2:
         self.guests: dict[int, Guest] = {}
         """By vCPU index, for vCPUs that are yet to be made."""
         self.loaded: FakeVcpu | None = None
+        self.has_gic = True
         self.tables_needed = 0
         """HOST_SHARE_GUEST answers ENOMEM while the VM's cache has fewer pages."""
         self.interrupted = threading.Event()
@@ -289,7 +306,16 @@ class FakeEl2:
         return 0
 
     def _vcpu_run(self, flags: int, x0: int, nr_lrs: int = 0) -> int:
-        return -errno.EINVAL if self.loaded is None else self.loaded.run(flags, x0)
+        return -errno.EINVAL if self.loaded is None else self.loaded.run(flags, x0, nr_lrs)
+
+    def _gic_config(self) -> int:
+        return VTR_VALUE if self.has_gic else -errno.EPERM
+
+    def _vcpu_timer(self, handle: int, index: int) -> int:
+        vm = self.vms.get(handle)
+        if vm is None or index not in vm.vcpus:
+            return -errno.ENOENT
+        return vm.vcpus[index].timer_output
 
     def _start_teardown_vm(self, handle: int) -> int:
         if self.loaded is not None and self.loaded in self.vms[handle].vcpus.values():
@@ -342,6 +368,45 @@ class FakeCpu:
         self.slice = blocks
 
 
+class FakeAlarm:
+    def __init__(self, alarms: FakeAlarms, callback: Callable[[], bool]) -> None:
+        self.alarms = alarms
+        self.callback = callback
+        self.deadline: int | None = None
+        alarms.all.append(self)
+
+    def set(self, deadline_ns: int) -> None:
+        self.deadline = deadline_ns
+
+    def cancel(self) -> None:
+        self.deadline = None
+
+    def close(self) -> None:
+        self.alarms.all.remove(self)
+
+
+class FakeAlarms:
+    """Alarms that tests, or the jumps of virtual time, let be due."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock = clock
+        self.all: list[FakeAlarm] = []
+
+    def new(self, callback: Callable[[], bool]) -> FakeAlarm:
+        return FakeAlarm(self, callback)
+
+    def jump(self) -> bool:
+        alarms = [alarm for alarm in self.all if alarm.deadline is not None]
+        if not alarms:
+            return False
+        first = min(alarms, key=lambda alarm: alarm.deadline or 0)
+        assert first.deadline is not None
+        self.clock.ns = max(self.clock.ns, first.deadline)
+        first.deadline = None
+        first.callback()
+        return True
+
+
 class Log:
     def __init__(self) -> None:
         self.events: list[events.Event] = []
@@ -369,6 +434,7 @@ class Rig:
         self.log = Log()
         self.clock = FakeClock(virtual)
         self.cpu = FakeCpu()
+        self.alarms = FakeAlarms(self.clock)
         self.kernel = HostKernel(
             self.bus,
             self.el2,
@@ -382,6 +448,7 @@ class Rig:
             counter=self.cpu if virtual else None,
             firmware=firmware,
             grace_s=grace_s,
+            alarms=self.alarms,
         )
         self.pages_at_start = self.kernel.free_pages
         self.kvm = self.kernel.open("/dev/kvm")

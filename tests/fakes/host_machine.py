@@ -16,8 +16,10 @@ TIMEOUT_S = 20
 class Machine:
     """A VM with RAM at RAM_IPA; `guests` are its vCPUs' programs."""
 
-    def __init__(self, *guests: Guest, protected: bool = True, off: bool = True) -> None:
-        self.rig = Rig(firmware=FirmwareRegion(0x9000_0000, PAGE))
+    def __init__(
+        self, *guests: Guest, protected: bool = True, off: bool = True, virtual: bool = False
+    ) -> None:
+        self.rig = Rig(firmware=FirmwareRegion(0x9000_0000, PAGE), virtual=virtual)
         self.free = self.rig.kernel.free_pages
         rig = self.rig
         self.vm = rig.vm()
