@@ -11,8 +11,8 @@ from fakes.fake_kernel import PAGE, FakeKernel, FakeMemory
 from fakes.guests import SHARED_IPA, SharingGuest
 from pkvm.kvm import Kvm
 from pkvm.vmm.board import IMAGE_BASE, RAM_BASE, Board
-from pkvm.vmm.loader import load_image
-from pkvm.vmm.probes import KINDS, SAMPLE_PAGES, Probes
+from pkvm.vmm.loader import Image, load_image
+from pkvm.vmm.probes import KINDS, SAMPLE_PAGES, SEGMENT_PAGES, Probes
 from pkvm.vmm.vmm import Moment, Vmm
 
 BOARD = Board(ram_bytes=8 << 20)
@@ -21,7 +21,9 @@ MUST_PAGES = 1 + 3 + 2
 """The device tree, 12000 bytes of image, 8192 bytes of firmware."""
 
 
-def run(probes: Probes, guest: SharingGuest, *, protected: bool = True) -> Vmm:
+def run(
+    probes: Probes, guest: SharingGuest, *, protected: bool = True, image: Image = IMAGE
+) -> Vmm:
     firmware = None if protected else b"firmware" * 1024
 
     def observe(moment: Moment) -> None:
@@ -30,7 +32,7 @@ def run(probes: Probes, guest: SharingGuest, *, protected: bool = True) -> Vmm:
     with Vmm(
         Kvm(guest.kernel),
         BOARD,
-        IMAGE,
+        image,
         protected=protected,
         firmware=firmware,
         console=lambda _: None,
@@ -103,6 +105,15 @@ def test_everything_is_every_page_of_every_slot() -> None:
     run(probes, SharingGuest())
     assert probes.pages == 2 * ((8 << 20) + (2 << 20)) // PAGE + 1
     assert probes.tried == probes.refused == 6 * (probes.pages - 1)
+
+
+def test_of_a_long_segment_some_pages_are_drawn() -> None:
+    segment = IMAGE.segments[0]._replace(memory_bytes=4 << 20)
+    probes = Probes()
+    run(probes, SharingGuest(), image=IMAGE._replace(segments=(segment,)))
+    most = MUST_PAGES + SEGMENT_PAGES + SAMPLE_PAGES
+    assert 2 * SEGMENT_PAGES < probes.pages <= 2 * most + 1
+    assert probes.tried == probes.refused
 
 
 def test_without_a_copy_engine_dma_is_not_tried_and_said_so() -> None:

@@ -27,6 +27,8 @@ from pkvm.vmm.sharing import SharedRange
 from pkvm.vmm.vmm import Moment, Vmm
 
 SAMPLE_PAGES = 64
+SEGMENT_PAGES = 256
+"""A kernel has ten thousand pages, and six attempts on each would outlast its boot."""
 WORD = 8
 """Bytes of an attempt on a private page."""
 PATTERN = b"intruder"
@@ -124,9 +126,9 @@ class Ways:
 class Probes:
     """Attempts on the memory of a `Vmm`'s guest, and what became of them.
 
-    `attempt` is an observer for `Vmm`. The pages are those that hold the image, the firmware, the
-    device tree and shared memory, and `SAMPLE_PAGES` more over all slots, drawn with `seed`; or
-    `everything`. When the guest takes memory back, it is that memory only.
+    `attempt` is an observer for `Vmm`. The pages are those that hold the image (of a long segment
+    `SEGMENT_PAGES` of them, drawn with `seed`), the firmware, the device tree and shared memory,
+    and `SAMPLE_PAGES` more over all slots, drawn likewise; or `everything`. When the guest takes memory back, it is that memory only.
 
     A guest may share memory that it announces to nobody, as Linux does for its devices: `account`
     gives the IPAs of the pages that are shared now, for those who can know.
@@ -215,7 +217,12 @@ class Probes:
         take(board.DTB_BASE, len(vmm.device_tree))
         take(board.FIRMWARE_BASE, vmm.firmware_bytes)
         for segment in vmm.image.segments:
-            take(segment.ipa, segment.memory_bytes)
+            pages = -(-segment.memory_bytes // PAGE_SIZE)
+            if pages <= SEGMENT_PAGES:
+                take(segment.ipa, segment.memory_bytes)
+                continue
+            for index in self._random.sample(range(pages), SEGMENT_PAGES):
+                take(segment.ipa + index * PAGE_SIZE, 1)
         for shared in vmm.sharing.ranges.values():
             take(shared.ipa, shared.length)
         for _ in range(SAMPLE_PAGES):
