@@ -23,7 +23,7 @@
 /* Everything checked so far is as promised. */
 static bool good = true;
 
-static _Noreturn void fail(const char *what, const char *why)
+_Noreturn void fail(const char *what, const char *why)
 {
 	put("firmware: ");
 	put(what);
@@ -143,31 +143,19 @@ static void check_hypervisor(const struct hypervisor *found)
  * answer one: where there is no memory it ends in an abort, and the exception
  * vector. Memory in a protected VM is the VM's own and stays.
  */
-static void touch(uint64_t base, uint64_t bytes)
+static void touch(struct range range)
 {
 	uint64_t ignored, also;
 
-	for (uint64_t at = base & ~15ull; at < base + bytes; at += PAGE_BYTES)
+	if (range.bytes == 0)
+		return;
+	for (uint64_t at = range.base & ~15ull; at < range.base + range.bytes; at += PAGE_BYTES)
 		asm volatile("ldp %0, %1, [%2]" : "=r"(ignored), "=r"(also) : "r"(at) : "memory");
 	asm volatile("ldp %0, %1, [%2]"
 		     : "=r"(ignored), "=r"(also)
-		     : "r"((base + bytes - 1) & ~15ull)
+		     : "r"((range.base + range.bytes - 1) & ~15ull)
 		     : "memory");
 }
-
-static bool overlap(uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes)
-{
-	return a < b + b_bytes && b < a + a_bytes;
-}
-
-static bool is_within(uint64_t base, uint64_t bytes, uint64_t in, uint64_t in_bytes)
-{
-	return base >= in && bytes <= in_bytes && base - in <= in_bytes - bytes;
-}
-
-struct range {
-	uint64_t base, bytes;
-};
 
 static void open_tree(struct fdt *tree, uint64_t at)
 {
@@ -179,11 +167,11 @@ static void open_tree(struct fdt *tree, uint64_t at)
 	else if (at < BOARD_RAM || at > BOARD_IPA_END - FDT_MAXIMUM)
 		fail("device tree", "X0 is not an address in RAM");
 	if (status == FDT_OK) {
-		touch(at, FDT_HEADER_BYTES);
+		touch((struct range){at, FDT_HEADER_BYTES});
 		status = fdt_size((const void *)at, &bytes);
 	}
 	if (status == FDT_OK) {
-		touch(at, bytes);
+		touch((struct range){at, bytes});
 		status = fdt_open(tree, (const void *)at);
 	}
 	if (status != FDT_OK)
@@ -199,9 +187,9 @@ static struct range find_memory(const struct fdt *tree, struct range slot)
 		fail("device tree: /memory", fdt_words(status));
 	if (memory.base != BOARD_RAM || memory.bytes > BOARD_IPA_END - BOARD_RAM)
 		fail("device tree: /memory", "not at the board's RAM");
-	if (overlap(memory.base, memory.bytes, slot.base, slot.bytes))
+	if (overlap(memory, slot))
 		fail("device tree: /memory", "overlaps the firmware");
-	if (!is_within(blob.base, blob.bytes, memory.base, memory.bytes))
+	if (!is_within(blob, memory))
 		fail("device tree", "not in /memory");
 	return memory;
 }
@@ -221,41 +209,41 @@ static uint64_t config(const struct fdt *tree, uint32_t node, const char *name)
 	return value;
 }
 
-/* Where to enter the payload that the device tree describes. */
-static uint64_t find_payload(const struct fdt *tree, struct range memory)
+/* The payload that the device tree describes, and where to enter it. */
+static struct range find_payload(const struct fdt *tree, struct range memory, uint64_t *entry)
 {
+	struct range payload, blob = {(uint64_t)tree->blob, tree->bytes};
 	uint32_t node;
 	enum fdt_status status = fdt_node(tree, "/config", &node);
 
 	if (status != FDT_OK)
 		fail("device tree: /config", fdt_words(status));
 
-	uint64_t base = config(tree, node, "kernel-address");
-	uint64_t bytes = config(tree, node, "kernel-size");
-	uint64_t entry = config(tree, node, "kernel-entry");
+	payload.base = config(tree, node, "kernel-address");
+	payload.bytes = config(tree, node, "kernel-size");
+	*entry = config(tree, node, "kernel-entry");
 
 	put("  payload ");
-	put_hex(base);
+	put_hex(payload.base);
 	put(", ");
-	put_decimal(bytes);
+	put_decimal(payload.bytes);
 	put(" bytes, entry ");
-	put_hex(entry);
+	put_hex(*entry);
 	put_char('\n');
-	if (bytes == 0 || !is_within(base, bytes, memory.base, memory.bytes))
+	if (payload.bytes == 0 || !is_within(payload, memory))
 		fail("payload", "not in /memory");
-	if (overlap(base, bytes, (uint64_t)tree->blob, tree->bytes))
+	if (overlap(payload, blob))
 		fail("payload", "overlaps the device tree");
-	if (entry % 4 || !is_within(entry, 4, base, bytes))
+	if (*entry % 4 || !is_within((struct range){*entry, 4}, payload))
 		fail("payload", "entry outside of it or not aligned to 4 bytes");
-	touch(base, bytes);
-	return entry;
+	return payload;
 }
 
 void program(const uint64_t *boot, unsigned cpu)
 {
 	struct hypervisor hypervisor = ask_hypervisor();
 	struct range slot = {boot[BOOT_PC], boot[BOOT_SP] - boot[BOOT_PC]};
-	struct range memory;
+	struct range memory, payload;
 	struct fdt tree;
 	uint64_t entry;
 
@@ -280,7 +268,10 @@ void program(const uint64_t *boot, unsigned cpu)
 	put(", ");
 	put_decimal(memory.bytes >> 20);
 	put(" MiB\n");
-	entry = find_payload(&tree, memory);
+	payload = find_payload(&tree, memory, &entry);
+	touch(payload);
+	check_image(payload, entry);
+	touch(find_initrd(&tree, memory, payload));
 
 	put("firmware: all as promised, starting the payload\n");
 	enter_payload(entry, boot[BOOT_X0], slot.base + slot.bytes);

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fakes.bare_board import PAYLOAD, RAM_BASE, RAM_BYTES, SLOT_BYTES, BareBoard, calls, device_tree
+from fakes.kernels import IMAGE_HEADER_BYTES, image
 from pkvm import fdt, guests
 from pkvm.arm64 import psci, smccc
 from pkvm.arm64 import registers as r
@@ -274,6 +275,100 @@ u64 = struct.Struct(">Q").pack
 def test_bad_tree(board: BareBoard, tree: bytes, reason: str) -> None:
     assert start(board, tree=tree) == "reset"
     assert last_line(board) == f"firmware: {reason}; resetting"
+
+
+def kernel_image(**numbers: int) -> bytes:
+    """`hello` in an Image: entered at the header, it runs from the next page on."""
+    branch = struct.pack("<I", 0x1400_0000 | 4096 // 4)
+    body = bytes(4096 - IMAGE_HEADER_BYTES) + guests.image("hello")
+    return image(body, code=branch, **numbers)
+
+
+def boot(
+    board: BareBoard,
+    kernel: bytes,
+    *,
+    at: int = PAYLOAD,
+    entry: int | None = None,
+    initrd: tuple[bytes | None, bytes | None] = (None, None),
+) -> str:
+    """Enter the firmware with a kernel at `at`; how that ends."""
+    tree = device_tree(kernel=(at, len(kernel), at if entry is None else entry))
+    chosen = tree.root.find("chosen")
+    assert chosen is not None
+    for name, value in zip(("start", "end"), initrd, strict=True):
+        if value is not None:
+            chosen.properties[f"linux,initrd-{name}"] = value
+    board.enter("firmware", payload=bytes(at - PAYLOAD) + kernel, tree=fdt.build(tree))
+    return board.run_to_end()
+
+
+@pytest.mark.parametrize("text_offset", [0, 0x8_0000])
+@pytest.mark.parametrize("page", [0, 1])
+def test_good_kernel(board: BareBoard, text_offset: int, page: int) -> None:
+    kernel = kernel_image(text_offset=text_offset, flags=8 | page << 1)
+    assert boot(board, kernel, at=PAYLOAD + text_offset) == "shutdown"
+    assert "  it is a kernel Image\n" in board.console
+    assert "hello from" in board.console
+
+
+def test_a_kernel_of_old_says_nothing_of_where_it_stands(board: BareBoard) -> None:
+    kernel = kernel_image(text_offset=0x1234, image_size=0)
+    assert boot(board, kernel, at=PAYLOAD + 0x8_0000) == "shutdown"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "reason"),
+    [
+        ({"text_offset": 4096}, "that is not text_offset above a multiple of 2 MiB"),
+        ({"text_offset": 2**64 - 4096}, "that is not text_offset above a multiple of 2 MiB"),
+        ({"image_size": 1 << 20}, "that needs more memory than /config says"),
+        ({"image_size": 2**64 - 1}, "that needs more memory than /config says"),
+        ({"flags": 1}, "big-endian"),
+        ({"flags": 2 << 1}, "with pages of a size that this CPU does not have"),
+    ],
+)
+def test_bad_kernel(board: BareBoard, numbers: dict[str, int], reason: str) -> None:
+    assert boot(board, kernel_image(**numbers)) == "reset"
+    assert reason in last_line(board)
+    assert last_line(board).startswith("firmware: payload: a ")
+
+
+def test_bad_entry_of_a_kernel(board: BareBoard) -> None:
+    assert boot(board, kernel_image(), entry=PAYLOAD + 4096) == "reset"
+    assert "payload: a kernel that is not entered at its first byte" in last_line(board)
+
+
+u32 = struct.Struct(">I").pack
+INITRD = PAYLOAD + 0x10_0000
+
+
+@pytest.mark.parametrize("pack", [u32, u64])
+def test_good_initramfs(board: BareBoard, pack: Any) -> None:
+    assert boot(board, kernel_image(), initrd=(pack(INITRD), pack(INITRD + 4097))) == "shutdown"
+    assert f"  initramfs {INITRD:#x}, 4097 bytes\n" in board.console
+
+
+@pytest.mark.parametrize(
+    ("start_and_end", "reason"),
+    [
+        ((u64(INITRD), None), "missing"),
+        ((None, u64(INITRD)), "missing"),
+        ((u64(INITRD), b"123"), "of a wrong form"),
+        ((u64(INITRD), u64(INITRD)), "not in /memory"),
+        ((u64(INITRD), u64(INITRD - 1)), "not in /memory"),
+        ((u64(0), u64(4096)), "not in /memory"),
+        ((u64(INITRD), u64(RAM_BASE + RAM_BYTES + 1)), "not in /memory"),
+        ((u64(2**64 - 4096), u64(2**64 - 1)), "not in /memory"),
+        ((u64(RAM_BASE + 64), u64(RAM_BASE + 128)), "overlaps the payload or the device tree"),
+        ((u64(PAYLOAD + 4096), u64(INITRD)), "overlaps the payload or the device tree"),
+    ],
+)
+def test_bad_initramfs(
+    board: BareBoard, start_and_end: tuple[bytes | None, bytes | None], reason: str
+) -> None:
+    assert boot(board, kernel_image(), initrd=start_and_end) == "reset"
+    assert last_line(board) == (f"firmware: device tree: /chosen: initramfs: {reason}; resetting")
 
 
 def test_bad_memory_that_is_not_there(board: BareBoard) -> None:
