@@ -7,6 +7,8 @@ import struct
 
 import zstandard
 
+from pkvm import guests
+
 IMAGE_HEADER_BYTES = 64
 
 
@@ -60,3 +62,9 @@ def cpio(files: dict[str, bytes], magic: bytes = b"070701") -> bytes:
         archive += bytes(-len(archive) % 4) + data
         archive += bytes(-len(archive) % 4)
     return archive
+
+
+def program(name: str, **numbers: int) -> bytes:
+    """A guest program as an Image: entered at the header, it runs from the next page on."""
+    body = bytes(4096 - IMAGE_HEADER_BYTES) + guests.image(name)
+    return image(body, code=struct.pack("<I", 0x1400_0000 | 4096 // 4), **numbers)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fakes.bare_board import PAYLOAD, RAM_BASE, RAM_BYTES, SLOT_BYTES, BareBoard, calls, device_tree
-from fakes.kernels import IMAGE_HEADER_BYTES, image
+from fakes.kernels import program
 from pkvm import fdt, guests
 from pkvm.arm64 import psci, smccc
 from pkvm.arm64 import registers as r
@@ -277,13 +277,6 @@ def test_bad_tree(board: BareBoard, tree: bytes, reason: str) -> None:
     assert last_line(board) == f"firmware: {reason}; resetting"
 
 
-def kernel_image(**numbers: int) -> bytes:
-    """`hello` in an Image: entered at the header, it runs from the next page on."""
-    branch = struct.pack("<I", 0x1400_0000 | 4096 // 4)
-    body = bytes(4096 - IMAGE_HEADER_BYTES) + guests.image("hello")
-    return image(body, code=branch, **numbers)
-
-
 def boot(
     board: BareBoard,
     kernel: bytes,
@@ -306,14 +299,14 @@ def boot(
 @pytest.mark.parametrize("text_offset", [0, 0x8_0000])
 @pytest.mark.parametrize("page", [0, 1])
 def test_good_kernel(board: BareBoard, text_offset: int, page: int) -> None:
-    kernel = kernel_image(text_offset=text_offset, flags=8 | page << 1)
+    kernel = program("hello", text_offset=text_offset, flags=8 | page << 1)
     assert boot(board, kernel, at=PAYLOAD + text_offset) == "shutdown"
     assert "  it is a kernel Image\n" in board.console
     assert "hello from" in board.console
 
 
 def test_a_kernel_of_old_says_nothing_of_where_it_stands(board: BareBoard) -> None:
-    kernel = kernel_image(text_offset=0x1234, image_size=0)
+    kernel = program("hello", text_offset=0x1234, image_size=0)
     assert boot(board, kernel, at=PAYLOAD + 0x8_0000) == "shutdown"
 
 
@@ -329,13 +322,13 @@ def test_a_kernel_of_old_says_nothing_of_where_it_stands(board: BareBoard) -> No
     ],
 )
 def test_bad_kernel(board: BareBoard, numbers: dict[str, int], reason: str) -> None:
-    assert boot(board, kernel_image(**numbers)) == "reset"
+    assert boot(board, program("hello", **numbers)) == "reset"
     assert reason in last_line(board)
     assert last_line(board).startswith("firmware: payload: a ")
 
 
 def test_bad_entry_of_a_kernel(board: BareBoard) -> None:
-    assert boot(board, kernel_image(), entry=PAYLOAD + 4096) == "reset"
+    assert boot(board, program("hello"), entry=PAYLOAD + 4096) == "reset"
     assert "payload: a kernel that is not entered at its first byte" in last_line(board)
 
 
@@ -345,7 +338,7 @@ INITRD = PAYLOAD + 0x10_0000
 
 @pytest.mark.parametrize("pack", [u32, u64])
 def test_good_initramfs(board: BareBoard, pack: Any) -> None:
-    assert boot(board, kernel_image(), initrd=(pack(INITRD), pack(INITRD + 4097))) == "shutdown"
+    assert boot(board, program("hello"), initrd=(pack(INITRD), pack(INITRD + 4097))) == "shutdown"
     assert f"  initramfs {INITRD:#x}, 4097 bytes\n" in board.console
 
 
@@ -367,7 +360,7 @@ def test_good_initramfs(board: BareBoard, pack: Any) -> None:
 def test_bad_initramfs(
     board: BareBoard, start_and_end: tuple[bytes | None, bytes | None], reason: str
 ) -> None:
-    assert boot(board, kernel_image(), initrd=start_and_end) == "reset"
+    assert boot(board, program("hello"), initrd=start_and_end) == "reset"
     assert last_line(board) == (f"firmware: device tree: /chosen: initramfs: {reason}; resetting")
 
 

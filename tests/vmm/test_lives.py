@@ -119,7 +119,7 @@ def test_what_making_a_vm_raises_comes_out() -> None:
     assert rig.vms() == 0
 
 
-def test_input_goes_to_the_vm_of_now() -> None:
+def test_input_that_one_life_did_not_take_goes_to_the_next() -> None:
     got: list[int] = []
 
     def second() -> Guest:
@@ -128,8 +128,20 @@ def test_input_goes_to_the_vm_of_now() -> None:
 
     rig = Rig(RESET, second)
     given = [b"x"]
-    make = partial(rig.make, source=lambda _: given.pop() if given else b"")
-    with Lives(make) as lives:
+    with Lives(partial(rig.make, source=lambda _: given.pop() if given else b"")) as lives:
         assert lives.run(20).kind == "powered-off"
         lives.arrived()
     assert got == [ord("x")]
+
+
+def test_ctrl_c_while_there_is_no_vm() -> None:
+    rig = Rig(RESET)
+
+    def make(life: int) -> Vmm:
+        if life:
+            raise KeyboardInterrupt
+        return rig.make(life)
+
+    with Lives(make) as lives:
+        assert lives.run(20).kind == "interrupted"
+    assert rig.vms() == 0

@@ -58,6 +58,7 @@ class Lives:
                 self.vmm.close()
                 self.vmm = self._make(self.restarts + 1)
                 self.restarts += 1
+                self.vmm.uart.arrived()  # what the one before did not take
             return self._stopped
 
     def stop(self, outcome: Outcome = STOPPED) -> None:
