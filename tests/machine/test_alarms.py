@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkvm.machine.alarms import Alarms
+from pkvm.machine.alarms import FAR_NS, Alarms
 from pkvm.machine.clock import NS_PER_BLOCK, RealClock, VirtualClock
 
 TIMEOUT_S = 20
@@ -234,6 +234,16 @@ def test_jumps_keep_later_deadlines_right() -> None:
     second.set(1_000_000 + 7 * NS_PER_BLOCK)
     rig.alarms.jump()
     assert rig.cpu.stop == 7
+
+
+def test_time_does_not_jump_to_its_end() -> None:
+    rig = VirtualRig()
+    alarm = rig.alarms.new(rig.note("never"))
+    alarm.set(5)
+    alarm.set(FAR_NS)
+    assert not rig.alarms.jump()
+    alarm.set(FAR_NS - 1)
+    assert rig.alarms.jump()
 
 
 def test_real_clock_does_not_jump(real: tuple[Alarms, Cpu]) -> None:

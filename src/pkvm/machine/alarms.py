@@ -21,6 +21,9 @@ from typing import Protocol
 
 from pkvm.machine.clock import NS_PER_BLOCK, RealClock, VirtualClock
 
+FAR_NS = 1 << 62
+"""Deadlines from here on (146 years) never come: time shall not jump there for a guest that sets
+its timer to the end of all counts."""
 _LONGEST_WAIT_S = 3600.0
 
 
@@ -93,6 +96,8 @@ class Alarms:
 
     def change(self, alarm: Alarm, deadline_ns: int | None) -> None:
         """`Alarm.set` and `Alarm.cancel`."""
+        if deadline_ns is not None and deadline_ns >= FAR_NS:
+            deadline_ns = None
         with self._lock:
             old = alarm.deadline
             if old is not None and old <= self._clock.now_ns():
