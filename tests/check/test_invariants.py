@@ -17,7 +17,7 @@ from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
-    HOST_SHARED_WITH_GUEST,
+    HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
 )
@@ -79,7 +79,7 @@ def guest_maps_no_ram(scene: Scene) -> None:
 
 
 def strange_guest_entry(scene: Scene) -> None:
-    scene.vm.stage2.put((GFN + 9) << 12, 0x3000_0000_0000_0000)
+    scene.vm.stage2.put((GFN + 9) << 12, 0x3000_0000_0000_0002)
 
 
 def wrong_guest_state(scene: Scene) -> None:
@@ -232,7 +232,7 @@ BREAKS: list[tuple[str, Callable[[Scene], None]]] = [
     ("P5 (own memory)", carveout_page_of_the_hosts),
     ("P5 (own memory)", firmware_page_of_the_hosts),
     ("P6", share_count),
-    ("P6", state(FREE, HOST_SHARED_WITH_GUEST)),
+    ("P6", state(FREE, HOST_SHARED)),
     ("P8", dma_maps_a_private_page),
     ("P8", dma_misses_a_page),
     ("P8", dma_maps_a_device),

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from pkvm.arm64.stage2 import PAGE_SIZE, PageState
+from pkvm.arm64.stage2 import ANNOTATION_POISONED, PAGE_SIZE, PageState
 from pkvm.check.invariants import PrivacyWatch, Snapshot, check
 from pkvm.events import Event
 from pkvm.hyp.errors import Refused
 from pkvm.hyp.mem_protect import MemProtect, carveout_bytes
 from pkvm.hyp.memcache import Memcache
+from pkvm.hyp.memory_policy import RFC_MEMORY, MemoryPolicy
 from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.vmemmap import host_state, hyp_state
 from pkvm.machine.bus import Bus
@@ -48,7 +49,12 @@ class Rig:
     """RAM of `ram_bytes`: host pages from the bottom, then firmware, then EL2's carve-out."""
 
     def __init__(
-        self, ram_bytes: int = 32 * MIB, *, protected: bool = True, ram_base: int = RAM
+        self,
+        ram_bytes: int = 32 * MIB,
+        *,
+        protected: bool = True,
+        ram_base: int = RAM,
+        policy: MemoryPolicy = RFC_MEMORY,
     ) -> None:
         self.memory = PhysicalMemory(ram_base, ram_bytes)
         self.memory.add_window(
@@ -72,6 +78,7 @@ class Rig:
             carveout=self.carveout,
             firmware=self.firmware,
             protected=protected,
+            policy=policy,
         )
         self.mem.initialise()
         self.mem.finalise()
@@ -80,6 +87,8 @@ class Rig:
         """Pages of RAM that the host starts with."""
         self._next = self.firmware[0]
         self.vms: list[RigVm] = []
+        self.secure: set[int] = set()
+        """PFNs that the host shares with the secure world."""
         self._watch = PrivacyWatch()
 
     def _guest_tlbi(self) -> None:
@@ -117,6 +126,10 @@ class Rig:
         self.vms.remove(vm)
         return vm.memcache.drain()
 
+    def find_vm(self, handle: int) -> RigVm | None:
+        """The VM with this handle."""
+        return next((vm for vm in self.vms if vm.handle == handle), None)
+
     def state(self, pfn: int) -> tuple[str, str]:
         """(host's state, EL2's state) of a page, by name."""
         states = self.mem.vmemmap.state[pfn - self.first_pfn]
@@ -125,11 +138,13 @@ class Rig:
     def guest_state(self, vm: RigVm, gfn: int) -> str:
         """The guest's state of a frame, by name."""
         entry, _ = vm.stage2.leaf(gfn << 12)
-        return PageState(entry >> 55 & 3).name if entry & 1 else "NOPAGE"
+        if entry & 1:
+            return PageState(entry >> 55 & 3).name
+        return "POISON" if entry == ANNOTATION_POISONED else "NOPAGE"
 
     def sound(self) -> None:
         """Assert every invariant."""
-        assert check(self.mem, self.vms) == []
+        assert check(self.mem, self.vms, self.secure) == []
         assert self._watch.look(self.mem) == []
 
     def refused(self, errno: int, check_name: str = "") -> _Refusal:

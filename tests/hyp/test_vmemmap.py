@@ -12,7 +12,7 @@ from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
-    HOST_SHARED_WITH_GUEST,
+    HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
     Vmemmap,
@@ -30,7 +30,7 @@ def test_state_bytes() -> None:
     assert HOST_OWNED == 0, "a record of zeroes is a page that the host owns"
     assert HYP_OWNED == 0x33
     assert HOST_SHARED_WITH_HYP == 0x11
-    assert HOST_SHARED_WITH_GUEST == 0x01
+    assert HOST_SHARED == 0x01
     assert GUEST_OWNED == 0x03
     assert GUEST_SHARED_WITH_HOST == 0x02
 

@@ -67,6 +67,8 @@ S1PTW = ABORT_ISS["S1PTW"].mask
 WNR = ABORT_ISS["WnR"].mask
 FSC_MASK = ABORT_ISS["FSC"].mask
 
+FSC_TYPE_MASK = 0x3C
+"""The kind of fault; below it is the level."""
 FSC_ADDRESS_SIZE = 0x00
 """Address size fault at level 0; add the level."""
 FSC_TRANSLATION = 0x04

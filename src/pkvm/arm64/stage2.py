@@ -86,6 +86,8 @@ class InvalidType(IntEnum):
     LOCKED = 1
     DONATION = 2
     POISONED = 3
+    MMIO = 4
+    """In a guest's tree: the guest expects a device there (facts §6.5, MMIO guard)."""
 
 
 ANNOTATION = Layout(
@@ -94,9 +96,13 @@ ANNOTATION = Layout(
     Field("owner", 3, 1, {1: "HYP", 2: "GUEST"}),
     Field("vm", 19, 4),
     Field("gfn", 59, 20),
-    Field("type", 63, 60, {1: "LOCKED", 2: "DONATION", 3: "POISONED"}),
+    Field("type", 63, 60, {1: "LOCKED", 2: "DONATION", 3: "POISONED", 4: "MMIO"}),
 )
 ANNOTATION_HYP = ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.HYP)
+ANNOTATION_POISONED = ANNOTATION.encode(type=InvalidType.POISONED)
+"""A guest's leaf whose page the host took back by force: nothing is mapped there ever again."""
+ANNOTATION_MMIO = ANNOTATION.encode(type=InvalidType.MMIO, owner=Owner.GUEST)
+"""A guest's leaf where it expects a device of the host's: never memory."""
 ANNOTATION_GFN_SHIFT = 20
 """A guest annotation's gfn; successive pages of a range differ by 1 << 20."""
 

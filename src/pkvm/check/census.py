@@ -8,14 +8,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pkvm.arm64.stage2 import PAGE_SHIFT, PAGE_SIZE, SW_STATE_MASK, SW_STATE_SHIFT, PageState
+from pkvm.arm64.stage2 import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    SW_STATE_MASK,
+    SW_STATE_SHIFT,
+    VALID,
+    PageState,
+)
 from pkvm.hyp.bulk import leaves
 from pkvm.hyp.mem_protect import GuestMemory, MemProtect
 from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
-    HOST_SHARED_WITH_GUEST,
+    HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
 )
@@ -51,14 +58,15 @@ def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
         for vm in vms:
             found = leaves(vm.stage2, 0, 1 << vm.stage2.ipa_bits - PAGE_SHIFT)
             states = (found.entries & np.uint64(SW_STATE_MASK)) >> np.uint64(SW_STATE_SHIFT)
-            counts = np.bincount(states.astype(np.int64), weights=found.npages, minlength=3)
+            npages = np.where(found.entries & np.uint64(VALID), found.npages, 0)
+            counts = np.bincount(states.astype(np.int64), weights=npages, minlength=3)
             by_vm[vm.handle] = {word: int(counts[state]) for state, word in _WORDS.items()}
         return Census(
             total=mem.vmemmap.npages,
             host={
                 "owned": by_state[HOST_OWNED],
                 "shared_with_hyp": by_state[HOST_SHARED_WITH_HYP],
-                "shared_with_guest": by_state[HOST_SHARED_WITH_GUEST],
+                "shared_with_guest": by_state[HOST_SHARED],
             },
             hyp={"owned": by_state[HYP_OWNED]},
             guest={

@@ -21,6 +21,8 @@ import numpy.typing as npt
 from pkvm.arm64.stage2 import (
     ADDRESS_MASK,
     ANNOTATION_HYP,
+    ANNOTATION_MMIO,
+    ANNOTATION_POISONED,
     ATTR_DEVICE_RW,
     ATTR_NORMAL_RWX,
     LAST_LEVEL,
@@ -42,7 +44,7 @@ from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
-    HOST_SHARED_WITH_GUEST,
+    HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
 )
@@ -68,9 +70,12 @@ class GuestPage:
 class View:
     """One look at memory: the states, and each tree flattened to pages of RAM."""
 
-    def __init__(self, mem: MemProtect, vms: Iterable[GuestMemory]) -> None:
+    def __init__(
+        self, mem: MemProtect, vms: Iterable[GuestMemory], secure: Iterable[int] = ()
+    ) -> None:
         self.mem = mem
         self.vms = list(vms)
+        self.secure = np.array(list(secure), np.int64) - (mem.memory.ram_base >> PAGE_SHIFT)
         self.npages = mem.vmemmap.npages
         self.states = mem.vmemmap.states.copy()
         self.trees: dict[str, Stage2] = {}
@@ -116,6 +121,8 @@ class View:
         for ipa, level, entry in iter_leaves(memory, context(vm.stage2)):
             where = f"VM {vm.handle:#x} at IPA {ipa:#x}"
             pa, size = entry & ADDRESS_MASK, level_size(level)
+            if entry in (ANNOTATION_POISONED, ANNOTATION_MMIO) and level == LAST_LEVEL:
+                continue
             if not is_leaf(entry, level):
                 self.problems.append(f"P2: {where} has the strange entry {entry:#x}")
             elif not memory.is_ram(pa, size):
@@ -133,11 +140,14 @@ def context(stage2: Stage2) -> Stage2Context:
     return Stage2Context(stage2.vttbr, stage2.vtcr)
 
 
-def check(mem: MemProtect, vms: Iterable[GuestMemory]) -> list[str]:
-    """What is wrong with memory, in words, each with the property that it breaks. `vms` must be
-    all VMs whose stage-2 exists. Takes EL2's lock; meant for tests, costs some 1 us a leaf."""
+def check(mem: MemProtect, vms: Iterable[GuestMemory], secure: Iterable[int] = ()) -> list[str]:
+    """What is wrong with memory, in words, each with the property that it breaks.
+
+    `vms` must be all VMs whose stage-2 exists, `secure` the PFNs that the host shares with the
+    secure world. Takes EL2's lock; meant for tests, costs some 1 us a leaf.
+    """
     with mem.lock:
-        view = View(mem, vms)
+        view = View(mem, vms, secure)
         problems = view.problems[:MAX_PROBLEMS]
         for name, rule in RULES.items():
             problems += [f"{name}: {text}" for text in islice(rule(view), MAX_PROBLEMS)]
@@ -146,7 +156,7 @@ def check(mem: MemProtect, vms: Iterable[GuestMemory]) -> list[str]:
 
 def single_owner(view: View) -> Iterator[str]:
     """P1: a page has exactly one owner among the host, EL2 and the protected guests."""
-    owners = np.isin(view.states, (HOST_OWNED, HOST_SHARED_WITH_HYP, HOST_SHARED_WITH_GUEST))
+    owners = np.isin(view.states, (HOST_OWNED, HOST_SHARED_WITH_HYP, HOST_SHARED))
     count = owners.astype(np.int64) + (view.states == HYP_OWNED)
     for guest in view.guest_pages:
         if guest.state in (PageState.OWNED, PageState.SHARED_OWNED):
@@ -160,7 +170,7 @@ def borrowed_from_lender(view: View) -> Iterator[str]:
     expected = {
         PageState.OWNED: GUEST_OWNED,
         PageState.SHARED_OWNED: GUEST_SHARED_WITH_HOST,
-        PageState.SHARED_BORROWED: HOST_SHARED_WITH_GUEST,
+        PageState.SHARED_BORROWED: HOST_SHARED,
     }
     shared = view.states == GUEST_SHARED_WITH_HOST
     for guest in view.guest_pages:
@@ -173,7 +183,7 @@ def borrowed_from_lender(view: View) -> Iterator[str]:
     for page in view.pages(shared):
         yield f"the host borrows PA {view.pa(page):#x} of nobody"
     known = (
-        HOST_OWNED, HYP_OWNED, HOST_SHARED_WITH_HYP, HOST_SHARED_WITH_GUEST, GUEST_OWNED,
+        HOST_OWNED, HYP_OWNED, HOST_SHARED_WITH_HYP, HOST_SHARED, GUEST_OWNED,
         GUEST_SHARED_WITH_HOST,
     )  # fmt: skip
     for page in view.pages(~np.isin(view.states, known)):
@@ -252,7 +262,9 @@ def share_counts(view: View) -> Iterator[str]:
     counts = view.mem.vmemmap.share_counts
     for page in view.pages(counts != expected):
         yield f"PA {view.pa(page):#x} has share count {counts[page]}, and {expected[page]} leaves"
-    for page in view.pages((view.states == HOST_SHARED_WITH_GUEST) != (counts != 0)):
+    lent = counts != 0
+    lent[view.secure] = True
+    for page in view.pages((view.states == HOST_SHARED) != lent):
         yield f"PA {view.pa(page):#x} has share count {counts[page]}, against its state"
 
 

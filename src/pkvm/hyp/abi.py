@@ -44,6 +44,15 @@ class HostCall(IntEnum):
     """(pfn, gfn, nr, prot) -> 0: map host pages into the loaded non-protected vCPU's VM."""
     HOST_UNSHARE_GUEST = 33
     """(handle, gfn, nr) -> 0: take pages back from a non-protected VM."""
+    RELAX_PERMS_GUEST = 34
+    """(gfn, prot) -> 0: add permissions to a page of the loaded non-protected vCPU's VM."""
+    WRPROTECT_GUEST = 35
+    """(handle, gfn, nr) -> 0: a non-protected VM may not write there any more."""
+    TEST_CLEAR_YOUNG_GUEST = 36
+    """(handle, gfn, nr, mkold) -> 1 if a non-protected VM has used a page there since it was last
+    made old, else 0; makes it old if mkold is not 0."""
+    MKYOUNG_GUEST = 37
+    """(gfn) -> 0: a page of the loaded non-protected vCPU's VM is in use."""
     RESERVE_VM = 38
     """() -> handle."""
     UNRESERVE_VM = 39
@@ -53,6 +62,12 @@ class HostCall(IntEnum):
     root at pgd_pa (PGD_INFO bytes, aligned to that), create the VM."""
     INIT_VCPU = 41
     """(handle, host_vcpu_pa, vcpu_area_pa) -> 0: donate VCPU_AREA_BYTES, create the vCPU."""
+    VCPU_IN_POISON_FAULT = 42
+    """() -> 1 if the loaded protected vCPU's last exit was a fault on a page that the host took by
+    force, 0 if on another page."""
+    FORCE_RECLAIM_GUEST_PAGE = 43
+    """(pa) -> 0: take the protected guest's private page at pa, zeroed; the guest never gets
+    anything there again. Not in every dialect."""
     RECLAIM_DYING_GUEST_PAGE = 44
     """(handle, gfn) -> 0."""
     START_TEARDOWN_VM = 45
@@ -65,6 +80,8 @@ class HostCall(IntEnum):
     """()."""
     VCPU_SYNC_STATE = 49
     """(): write the loaded non-protected vCPU's whole state to its host page."""
+    TLB_FLUSH_VMID = 50
+    """(handle) -> 0: flush a non-protected VM's TLB entries."""
     TOPUP_MEMCACHE = 64
     """(handle, head_pa, nr) -> pages taken: donate a linked list of pages (next PA in the first
     word of each) to the VM's table-page cache. -ENOMEM after the first page that EL2 refuses."""
@@ -83,6 +100,9 @@ class HostCall(IntEnum):
     VCPU_TIMER = 70
     """(handle, index) -> 1 if the vCPU's virtual timer asserts its output now, else 0; -ENOENT if
     there is no such vCPU."""
+    SPLIT_GUEST = 71
+    """(gfn, nr) -> 0: have pages in place of a block of nr = 512 of the loaded vCPU's VM. Not in
+    every dialect."""
 
 
 class ExitCode(IntEnum):

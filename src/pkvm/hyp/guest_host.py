@@ -49,8 +49,9 @@ class GuestHost(Ownership):
     the guest's numbers. Both calls return the pages done, min(nr, 256).
 
     They raise Refused: EINVAL (not aligned, none, wrapping), ERANGE (beyond the IPA space), EFAULT
-    (a page is not mapped; the refusal's `ipa` says which), EPERM (a page is in another state),
-    ENOMEM with `pages_needed` (no table page to split a block).
+    (upstream: ENOENT; a page is not mapped, and the refusal's `ipa` says which), EHWPOISON (the
+    host took it by force), EPERM (a page is in another state), ENOMEM with `pages_needed` (no table
+    page to split a block).
     """
 
     def guest_share_host(self, vm: GuestMemory, ipa: int, nr: int) -> int:
@@ -145,7 +146,7 @@ class GuestHost(Ownership):
         ):
             if frame > at:
                 break
-            state = PageState((entry & SW_STATE_MASK) >> SW_STATE_SHIFT)
+            state = self._guest_state(entry)
             if state != wanted:
                 raise self._guest_state_refusal(vm, at << PAGE_SHIFT, state, wanted)
             at = frame + npages

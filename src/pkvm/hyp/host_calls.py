@@ -46,6 +46,14 @@ class HostCalls:
         self._vms = vms
         self._cpu = cpu
         self._donation = donation
+        absent = {
+            call
+            for call, there in (
+                (HostCall.FORCE_RECLAIM_GUEST_PAGE, mem.policy.force_reclaim),
+                (HostCall.SPLIT_GUEST, mem.policy.split_call),
+            )
+            if not there
+        }
         self.table: dict[int, Entry] = {
             call: Entry(call.name, arity, handler)
             for call, arity, handler in (
@@ -55,16 +63,23 @@ class HostCalls:
                 (HostCall.HOST_DONATE_GUEST, 3, self._donate_guest),
                 (HostCall.HOST_SHARE_GUEST, 4, self._share_guest),
                 (HostCall.HOST_UNSHARE_GUEST, 3, self._unshare_guest),
+                (HostCall.RELAX_PERMS_GUEST, 2, self._relax_perms),
+                (HostCall.WRPROTECT_GUEST, 3, self._wrprotect),
+                (HostCall.TEST_CLEAR_YOUNG_GUEST, 4, self._test_clear_young),
+                (HostCall.MKYOUNG_GUEST, 1, self._mkyoung),
                 (HostCall.RESERVE_VM, 0, life.reserve_vm),
                 (HostCall.UNRESERVE_VM, 1, life.unreserve_vm),
                 (HostCall.INIT_VM, 3, life.init_vm),
                 (HostCall.INIT_VCPU, 3, life.init_vcpu),
+                (HostCall.VCPU_IN_POISON_FAULT, 0, self._in_poison_fault),
+                (HostCall.FORCE_RECLAIM_GUEST_PAGE, 1, self._force_reclaim),
                 (HostCall.RECLAIM_DYING_GUEST_PAGE, 2, life.reclaim_page),
                 (HostCall.START_TEARDOWN_VM, 1, life.start_teardown),
                 (HostCall.FINALIZE_TEARDOWN_VM, 1, life.finalize_teardown),
                 (HostCall.VCPU_LOAD, 3, cpu.load),
                 (HostCall.VCPU_PUT, 0, cpu.put),
                 (HostCall.VCPU_SYNC_STATE, 0, cpu.sync_state),
+                (HostCall.TLB_FLUSH_VMID, 1, self._flush),
                 (HostCall.TOPUP_MEMCACHE, 3, self._topup_memcache),
                 (HostCall.SET_FIRMWARE, 3, self._set_firmware),
                 (HostCall.DONATE_GUEST_SGLIST, 3, self._donate_list),
@@ -72,7 +87,9 @@ class HostCalls:
                 (HostCall.PGD_INFO, 0, self._pgd_info),
                 (HostCall.FIRMWARE_INFO, 0, self._firmware_info),
                 (HostCall.VCPU_TIMER, 2, cpu.timer_output),
+                (HostCall.SPLIT_GUEST, 2, self._split),
             )
+            if call not in absent
         }
 
     def _donate_guest(self, pfn: int, gfn: int, nr: int) -> None:
@@ -83,6 +100,32 @@ class HostCalls:
 
     def _unshare_guest(self, handle: int, gfn: int, nr: int) -> None:
         self._mem.host_unshare_guest(self._vm(handle, protected=False), gfn, nr)
+
+    def _relax_perms(self, gfn: int, prot: int) -> None:
+        self._mem.host_relax_perms_guest(self._cpu.loaded(protected=False).vm, gfn, prot)
+
+    def _wrprotect(self, handle: int, gfn: int, nr: int) -> None:
+        self._mem.host_wrprotect_guest(self._vm(handle, protected=False), gfn, nr)
+
+    def _test_clear_young(self, handle: int, gfn: int, nr: int, make_old: int) -> int:
+        vm = self._vm(handle, protected=False)
+        return self._mem.host_test_clear_young_guest(vm, gfn, nr, make_old=make_old != 0)
+
+    def _mkyoung(self, gfn: int) -> None:
+        self._mem.host_mkyoung_guest(self._cpu.loaded(protected=False).vm, gfn)
+
+    def _split(self, gfn: int, nr: int) -> None:
+        self._mem.host_split_guest(self._cpu.loaded().vm, gfn, nr)
+
+    def _flush(self, handle: int) -> None:
+        self._mem.host_flush_guest(self._vm(handle, protected=False))
+
+    def _in_poison_fault(self) -> int:
+        vcpu = self._cpu.loaded(protected=True)
+        return self._mem.is_poisoned(vcpu.vm, self._cpu.fault_ipa(vcpu))
+
+    def _force_reclaim(self, pa: int) -> None:
+        self._mem.host_force_reclaim_page_guest(pa, self._vms.find)
 
     def _topup_memcache(self, handle: int, head_pa: int, nr: int) -> int:
         return self._alive(handle).memcache.topup(head_pa, nr)

@@ -21,9 +21,7 @@ from pkvm.arm64.stage2 import (
     PERMISSION_MASK,
     S2AP_R,
     S2AP_W,
-    SW_STATE_MASK,
     SW_STATE_SHIFT,
-    TABLE_ENTRIES,
     TABLE_OR_PAGE,
     XN_NONE,
     PageState,
@@ -35,17 +33,16 @@ from pkvm.events import Transition
 from pkvm.hyp.abi import PROT_R, PROT_RWX, PROT_W, PROT_X
 from pkvm.hyp.bulk import Frames, Runs, joined, joints, leaves, missing_tables, write
 from pkvm.hyp.errors import Errno, HypBug, Refused
-from pkvm.hyp.ownership import GuestMemory, Ownership
+from pkvm.hyp.ownership import GuestMemory, Ownership, leaf_level
 from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     HOST_OWNED,
-    HOST_SHARED_WITH_GUEST,
+    HOST_SHARED,
     MAX_SHARE_COUNT,
 )
 
 GUEST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
 _SW_BORROWED = PageState.SHARED_BORROWED << SW_STATE_SHIFT
-_LEVEL_OF_PAGES = {1: LAST_LEVEL, TABLE_ENTRIES: LAST_LEVEL - 1}
 
 
 class _Donation(NamedTuple):
@@ -128,7 +125,7 @@ class HostGuest(Ownership):
 
         Raises Refused: EINVAL for other sizes or bits, EBUSY if a page is lent too often.
         """
-        level = self._level_of(nr, pfn | gfn)
+        level = leaf_level(nr, pfn | gfn)
         if prot & ~PROT_RWX:
             raise Refused(Errno.EINVAL, "prot", f"permissions {prot:#x} are not of R, W, X")
         with self.lock:
@@ -140,7 +137,7 @@ class HostGuest(Ownership):
                 raise self._gfn_taken(vm, gfn)
             states = self.vmemmap.states[page : page + nr]
             counts = self.vmemmap.share_counts[page : page + nr]
-            lent = (states == HOST_SHARED_WITH_GUEST) & (counts > 0)
+            lent = (states == HOST_SHARED) & (counts > 0)
             wrong = (states != HOST_OWNED) & ~lent
             if wrong.any():
                 raise self._wrong_state(page + int(np.argmax(wrong)), HOST_OWNED)
@@ -148,7 +145,7 @@ class HostGuest(Ownership):
             if (counts == MAX_SHARE_COUNT).any():
                 raise Refused(Errno.EBUSY, "share_count", "a page is lent too often", pa=pa)
             self._check_tables(vm, level - at)
-            states[:] = HOST_SHARED_WITH_GUEST
+            states[:] = HOST_SHARED
             counts += np.uint32(1)
             vm.stage2.put(ipa, pa | _lent_attributes(prot, level), level)
             self._record(Transition("host_share_guest", pa, nr, vm.handle, ipa))
@@ -159,7 +156,7 @@ class HostGuest(Ownership):
         Raises Refused: EINVAL for other sizes, ENOENT where nothing is mapped, E2BIG if the leaf
         is of another size, EPERM if it is not borrowed.
         """
-        level = self._level_of(nr, gfn)
+        level = leaf_level(nr, gfn)
         with self.lock:
             self._check_gfns(vm, gfn, nr)
             ipa = gfn << PAGE_SHIFT
@@ -172,14 +169,14 @@ class HostGuest(Ownership):
             if at != level:
                 why = "the mapping is of another size"
                 raise Refused(Errno.E2BIG, "leaf_size", why, ipa=ipa, vm=vm.handle)
-            state = PageState((entry & SW_STATE_MASK) >> SW_STATE_SHIFT)
+            state = self._guest_state(entry)
             if state != PageState.SHARED_BORROWED:
                 raise self._guest_state_refusal(vm, ipa, state, PageState.SHARED_BORROWED)
             pa = entry & ADDRESS_MASK
             page = self._page_of(pa >> PAGE_SHIFT)
             states = self.vmemmap.states[page : page + nr]
             counts = self.vmemmap.share_counts[page : page + nr]
-            if (states != HOST_SHARED_WITH_GUEST).any() or not counts.all():
+            if (states != HOST_SHARED).any() or not counts.all():
                 raise HypBug(f"the guest borrows PA {pa:#x}, but the host does not lend it")
             stage2.put(ipa, 0, level)
             stage2.invalidate(ipa)
@@ -238,15 +235,6 @@ class HostGuest(Ownership):
         why = "something is mapped there already"
         ipa = gfn << PAGE_SHIFT
         return Refused(Errno.EPERM, "guest_state", why, ipa=ipa, vm=vm.handle)
-
-    @staticmethod
-    def _level_of(nr: int, numbers: int) -> int:
-        """The level of a leaf of `nr` pages. Refused (EINVAL) if there is none, or if `numbers`
-        are not aligned to it."""
-        level = _LEVEL_OF_PAGES.get(nr)
-        if level is None or numbers % nr:
-            raise Refused(Errno.EINVAL, "size", "neither one page nor one aligned block of 512")
-        return level
 
 
 def _lent_attributes(prot: int, level: int) -> int:

@@ -110,6 +110,7 @@ class Hypervisor:
             carveout=carveout,
             firmware=firmware,
             protected=protected,
+            policy=policy.memory,
         )
         self.table = VmTable()
         exits = Exits(engine, recorder)

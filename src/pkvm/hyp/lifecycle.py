@@ -13,7 +13,6 @@ from pkvm.arm64.stage2 import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from pkvm.events import Recorder, Tlbi, VmLife
 from pkvm.hyp.abi import HANDLE_BASE, MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostVcpu, HostVm
 from pkvm.hyp.area import Area
-from pkvm.hyp.bulk import leaves
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.mem_protect import MemProtect
 from pkvm.hyp.run import PhysicalCpu
@@ -141,13 +140,10 @@ class Lifecycle:
     def reclaim_page(self, handle: int, gfn: int) -> None:
         """Give one page of a dying VM back to the host, zeroed if it was private.
 
-        Raises Refused: EINVAL unless the VM is dying, ENOENT if nothing is mapped there, else as
-        `MemProtect.reclaim_dying_guest_range`.
+        Raises Refused: EINVAL unless the VM is dying, else as
+        `MemProtect.reclaim_dying_guest_page`.
         """
-        vm = self._dying(handle)
-        if not self._mem.reclaim_dying_guest_range(vm, gfn, 1):
-            why = "nothing is mapped there"
-            raise Refused(Errno.ENOENT, "guest_state", why, ipa=gfn << PAGE_SHIFT, vm=handle)
+        self._mem.reclaim_dying_guest_page(self._dying(handle), gfn)
 
     def reclaim_range(self, handle: int, gfn: int, nr: int) -> int:
         """As `reclaim_page` for `nr` frames; returns the pages that were mapped."""
@@ -162,7 +158,7 @@ class Lifecycle:
         """
         vm = self._dying(handle)
         mem = self._mem
-        if leaves(vm.stage2, 0, 1 << mem.geometry.ipa_bits - PAGE_SHIFT).frames.size:
+        if mem.has_pages(vm):
             raise Refused(Errno.EBUSY, "guest_pages", "the VM still has pages", vm=handle)
         self._cpu.forget(vm)
         self._record(Tlbi(vm.vmid))

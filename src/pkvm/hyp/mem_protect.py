@@ -2,9 +2,11 @@
 """EL2's memory side as one object: who owns which page, and every way that may change (facts §3).
 
 `MemProtect` ties the pairs of those who trust each other not: host and EL2
-(`host_hyp`), host and guests (`host_guest`), guest and host (`guest_host`), and
-the end of a VM (`reclaim`). Every transition checks everything, then changes
-everything; a refused one raises `Refused` and has changed nothing.
+(`host_hyp`), host and secure world (`host_ffa`), host and guests (`host_guest`,
+`guest_attributes`), guest and host (`guest_host`, `relinquish`), the end of a VM
+(`reclaim`) and the end of a page before it (`force_reclaim`). Every transition
+checks everything, then changes everything; a refused one raises `Refused` and
+has changed nothing.
 
 EL2's memory is the carve-out, given at boot: the ownership records, then the
 pool of table pages for the host's and the DMA masters' stage-2. Guests' tables
@@ -26,15 +28,20 @@ from pkvm.arm64.stage2 import (
 from pkvm.events import Recorder, Tlbi
 from pkvm.hyp.bulk import one_run
 from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.force_reclaim import ForceReclaim
+from pkvm.hyp.guest_attributes import GuestAttributes
 from pkvm.hyp.guest_host import GuestHost
+from pkvm.hyp.host_ffa import HostFfa
 from pkvm.hyp.host_guest import HostGuest
 from pkvm.hyp.host_hyp import HostHyp
 from pkvm.hyp.host_memory import BusMaster, HostMemory, pool_pages
 from pkvm.hyp.memcache import Memcache
+from pkvm.hyp.memory_policy import RFC_MEMORY, MemoryPolicy
 from pkvm.hyp.ownership import GuestMemory
 from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.pool import PagePool
 from pkvm.hyp.reclaim import Reclaim
+from pkvm.hyp.relinquish import Relinquish
 from pkvm.hyp.vmemmap import HYP_OWNED, Vmemmap, vmemmap_bytes
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.machine.stage2 import Access
@@ -52,7 +59,9 @@ def carveout_bytes(ram_bytes: int, ipa_bits: int = 40) -> int:
     return -(-(records + pages * PAGE_SIZE) // BLOCK_2M) * BLOCK_2M
 
 
-class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
+class MemProtect(
+    HostHyp, HostGuest, HostFfa, GuestAttributes, GuestHost, Relinquish, Reclaim, ForceReclaim
+):
     """EL2's ownership of memory.
 
     `host_bus` and `dma_bus` are the host CPU's and the devices' way to memory. `guest_tlbi` is
@@ -79,6 +88,7 @@ class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
         protected: bool = True,
         ipa_bits: int = 40,
         parange: int = 2,
+        policy: MemoryPolicy = RFC_MEMORY,
     ) -> None:
         for name, region in (("carve-out", carveout), ("firmware", firmware)):
             if region is not None:
@@ -117,6 +127,7 @@ class MemProtect(HostHyp, HostGuest, GuestHost, Reclaim):
             ipa_bits=ipa_bits,
             invalidate_code=invalidate_code,
             recorder=recorder,
+            policy=policy,
         )
         self._records_bytes = records
         self._guest_tlbi = guest_tlbi

@@ -19,15 +19,36 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pkvm.arm64.stage2 import PAGE_SHIFT, PageState
+from pkvm.arm64.stage2 import (
+    ANNOTATION_POISONED,
+    LAST_LEVEL,
+    PAGE_SHIFT,
+    SW_STATE_MASK,
+    SW_STATE_SHIFT,
+    TABLE_ENTRIES,
+    VALID,
+    PageState,
+)
 from pkvm.events import Recorder
 from pkvm.hyp.bulk import Runs
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.host_memory import HostMemory
 from pkvm.hyp.memcache import Memcache
+from pkvm.hyp.memory_policy import MemoryPolicy
 from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.vmemmap import Vmemmap, host_state, hyp_state
 from pkvm.machine.memory import PhysicalMemory
+
+_LEVEL_OF_PAGES = {1: LAST_LEVEL, TABLE_ENTRIES: LAST_LEVEL - 1}
+
+
+def leaf_level(nr: int, numbers: int) -> int:
+    """The level of a leaf of `nr` pages. Raises Refused(EINVAL) if there is none, or if `numbers`
+    (frames, or'ed) are not aligned to it."""
+    level = _LEVEL_OF_PAGES.get(nr)
+    if level is None or numbers % nr:
+        raise Refused(Errno.EINVAL, "size", "neither one page nor one aligned block of 512")
+    return level
 
 
 class GuestMemory(Protocol):
@@ -61,11 +82,13 @@ class Ownership:
         ipa_bits: int,
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
+        policy: MemoryPolicy,
     ) -> None:
         self.memory = memory
         self.vmemmap = vmemmap
         self.host = host
         self.lock = threading.RLock()
+        self.policy = policy
         self._record = recorder.record
         self._invalidate_code = invalidate_code
         self._state = vmemmap.state
@@ -83,7 +106,7 @@ class Ownership:
         """Page number within RAM of `pfn`, the first of `nr`, numbers from outside.
 
         Raises Refused: EINVAL for numbers beyond the PA space and for a range that is RAM only
-        in part, EPERM for what is not RAM.
+        in part, EPERM (Android: EINVAL) for what is not RAM.
         """
         if not (0 <= pfn < self._frame_limit and 0 < nr <= self._frame_limit - pfn):
             raise Refused(Errno.EINVAL, "pfn_range", f"no {nr} pages can start at frame {pfn:#x}")
@@ -91,7 +114,7 @@ class Ownership:
         if page < 0 or page + nr > self._npages:
             pa = pfn << PAGE_SHIFT
             if page + nr <= 0 or page >= self._npages:
-                raise Refused(Errno.EPERM, "ram_range", "only RAM can change owner", pa=pa)
+                raise Refused(self.policy.not_ram, "ram_range", "only RAM can change owner", pa=pa)
             raise Refused(Errno.EINVAL, "ram_range", "the range is RAM only in part", pa=pa)
         return page
 
@@ -156,10 +179,33 @@ class Ownership:
     def _guest_state_refusal(
         self, vm: GuestMemory, ipa: int, state: PageState, wanted: PageState
     ) -> Refused:
-        """EFAULT for a guest page that is not mapped, EPERM for one in another state."""
-        errno = Errno.EFAULT if state == PageState.NOPAGE else Errno.EPERM
+        """EFAULT (upstream: ENOENT) for a guest page that is not mapped, EHWPOISON for a poisoned
+        one, EPERM for one in another state."""
+        errno = Errno.EPERM
+        if state == PageState.NOPAGE:
+            errno = self.policy.unmapped
+        elif state == PageState.POISON:
+            errno = Errno.EHWPOISON
         why = f"to the guest the page is {state.name}, not {wanted.name}"
         return Refused(errno, "guest_state", why, ipa=ipa, vm=vm.handle)
+
+    @staticmethod
+    def _guest_state(entry: int) -> PageState:
+        """What the guest's stage-2 says of a page by the entry where its walk ends."""
+        if entry & VALID:
+            return PageState((entry & SW_STATE_MASK) >> SW_STATE_SHIFT)
+        return PageState.POISON if entry == ANNOTATION_POISONED else PageState.NOPAGE
+
+    def _split_to_page(self, vm: GuestMemory, ipa: int, level: int) -> tuple[int, int]:
+        """Have the guest's leaf at `ipa`, of `level` and valid, be one of a page: its index and
+        itself. Raises Refused(ENOMEM) with `pages_needed`; the last check before anything changes.
+        """
+        stage2 = vm.stage2
+        self._check_tables(vm, LAST_LEVEL - level)
+        for _ in range(level, LAST_LEVEL):
+            stage2.split(ipa)
+        index, entry, _ = stage2.find(ipa)
+        return index, entry
 
     def _page_of(self, pfn: int) -> int:
         """Page number within RAM of a PFN that EL2 itself wrote into a table."""

@@ -22,10 +22,12 @@ import numpy.typing as npt
 
 from pkvm.arm64.stage2 import (
     ADDRESS_MASK,
+    AF,
     ANNOTATION,
     LAST_LEVEL,
     PAGE_SHIFT,
     PAGE_SIZE,
+    PERMISSION_MASK,
     SW_STATE_MASK,
     TABLE_ENTRIES,
     TABLE_OR_PAGE,
@@ -185,6 +187,14 @@ class Stage2:
     def set_state(self, index: int, entry: int, state: int) -> None:
         """Store the valid leaf `entry` with other software bits; no TLBI is due for those."""
         self._words[index] = entry & ~SW_STATE_MASK | state
+
+    def set_attributes(self, index: int, old: int, entry: int) -> None:
+        """Store the valid leaf `old` with other permissions or another access flag, for which no
+        break is needed (Arm ARM D8.17.1). If it permits less than before, a TLBI is the caller's.
+        """
+        if (old ^ entry) & ~(PERMISSION_MASK | AF) or not old & VALID:
+            raise HypBug("more than attributes of a leaf would change")
+        self._words[index] = entry
 
     def prune(self, ipa: int) -> None:
         """Free the tables on the way to `ipa` that have no entry left, deepest first."""

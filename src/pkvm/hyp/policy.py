@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pkvm.arm64.psci import VERSION_1_1
 from pkvm.arm64.smccc import VERSION_1_2, Function
+from pkvm.hyp.memory_policy import RFC_MEMORY, MemoryPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Policy:
     """How many of X0-X30, from X0 on, the primary keeps as the VMM set them; the others are 0."""
     boot_protocol: int
     """The primary's X15."""
+    memory: MemoryPolicy
+    """Ownership of memory."""
 
 
 RFC = Policy(
@@ -44,4 +47,5 @@ RFC = Policy(
     ),
     primary_registers=15,
     boot_protocol=0,
+    memory=RFC_MEMORY,
 )

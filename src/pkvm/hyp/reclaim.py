@@ -37,7 +37,8 @@ class Reclaim(Ownership):
 
     def reclaim_dying_guest_range(self, vm: GuestMemory, gfn: int, nr: int) -> int:
         """Give the host every page that the protected VM has mapped in `nr` frames from `gfn`;
-        frames with nothing mapped are passed over. Returns the number of pages.
+        frames with nothing mapped, poisoned ones among them, are passed over. Returns the number
+        of pages.
 
         Raises Refused: EINVAL (numbers), EPERM (a borrowed page, which is no protected VM's; see
         host_unshare_guest), ENOMEM with `pages_needed` (the range cuts a block).
@@ -51,7 +52,7 @@ class Reclaim(Ownership):
                 if level == LAST_LEVEL and entry & _LEAF_MASK == VALID:
                     self._reclaim_private_page(vm, ipa, entry & ADDRESS_MASK)
                     return 1
-            found = leaves(stage2, gfn, nr)
+            found = self._mapped(vm, gfn, nr)
             if not found.frames.size:
                 return 0
             self._check_owned(vm, found)
@@ -60,8 +61,30 @@ class Reclaim(Ownership):
                 self._check_tables(vm, len(cut))
                 for ipa in cut:
                     stage2.split(ipa)
-                found = leaves(stage2, gfn, nr)
+                found = self._mapped(vm, gfn, nr)
             return self._reclaim(vm, found)
+
+    def reclaim_dying_guest_page(self, vm: GuestMemory, gfn: int) -> None:
+        """As `reclaim_dying_guest_range` for one page, which must be there or be poisoned: the
+        host has such a page back already. Raises Refused(ENOENT) if neither."""
+        with self.lock:
+            if self.reclaim_dying_guest_range(vm, gfn, 1):
+                return
+            ipa = gfn << PAGE_SHIFT
+            if self._guest_state(vm.stage2.leaf(ipa)[0]) != PageState.POISON:
+                why = "nothing is mapped there"
+                raise Refused(Errno.ENOENT, "guest_state", why, ipa=ipa, vm=vm.handle)
+
+    def has_pages(self, vm: GuestMemory) -> bool:
+        """Whether the VM has anything mapped."""
+        with self.lock:
+            return self._mapped(vm, 0, self._frame_limit).frames.size > 0
+
+    def _mapped(self, vm: GuestMemory, gfn: int, nr: int) -> Leaves:
+        """The valid leaves in `nr` frames from `gfn`."""
+        found = leaves(vm.stage2, gfn, nr)
+        is_valid = found.entries & np.uint64(VALID) != 0
+        return Leaves(*(column[is_valid] for column in found))
 
     def _reclaim_private_page(self, vm: GuestMemory, ipa: int, pa: int) -> None:
         page = self._page_of(pa >> PAGE_SHIFT)

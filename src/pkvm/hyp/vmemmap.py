@@ -43,8 +43,9 @@ def hyp_state(states: int) -> PageState:
 HOST_OWNED = pair(PageState.OWNED, PageState.NOPAGE)
 HYP_OWNED = pair(PageState.NOPAGE, PageState.OWNED)
 HOST_SHARED_WITH_HYP = pair(PageState.SHARED_OWNED, PageState.SHARED_BORROWED)
-HOST_SHARED_WITH_GUEST = pair(PageState.SHARED_OWNED, PageState.NOPAGE)
-"""Lent to non-protected VMs; the record's count says to how many."""
+HOST_SHARED = pair(PageState.SHARED_OWNED, PageState.NOPAGE)
+"""Lent to non-protected VMs, the record's count says to how many; or, with a count of 0, to the
+secure world."""
 GUEST_OWNED = pair(PageState.NOPAGE, PageState.NOPAGE)
 """A protected guest's private page: neither the host nor EL2 has a state for it."""
 GUEST_SHARED_WITH_HOST = pair(PageState.SHARED_BORROWED, PageState.NOPAGE)

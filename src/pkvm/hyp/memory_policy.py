@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the dialects do differently with ownership of memory (facts §3.3, §3.4), as data.
+
+The transitions are the same; which errno a caller gets, and which of the rarer
+ones the host may ask for, differs. No field takes a guest's protection away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pkvm.hyp.errors import Errno
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPolicy:
+    """A dialect's ownership of memory."""
+
+    not_ram: Errno
+    """Given for a range that is no RAM at all."""
+    unmapped: Errno
+    """Given for a guest's own page that is not there."""
+    force_reclaim: bool
+    """The host kernel may take a private page of a guest's back by force: it is zeroed, and the
+    guest's frame poisoned. Without, such an access of the host's is its own fault."""
+    split_call: bool
+    """The host may split a guest's block into pages by a call of its own."""
+
+
+RFC_MEMORY = MemoryPolicy(
+    not_ram=Errno.EPERM,
+    unmapped=Errno.EFAULT,
+    force_reclaim=True,
+    split_call=False,
+)
+"""The mail says of a host that touches a guest's page: it panics, or the page is destroyed."""
+ANDROID_MEMORY = MemoryPolicy(
+    not_ram=Errno.EINVAL,
+    unmapped=Errno.EFAULT,
+    force_reclaim=False,
+    split_call=True,
+)
+UPSTREAM_MEMORY = MemoryPolicy(
+    not_ram=Errno.EPERM,
+    unmapped=Errno.ENOENT,
+    force_reclaim=True,
+    split_call=False,
+)
