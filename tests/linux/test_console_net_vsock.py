@@ -216,9 +216,12 @@ def _echo(connection: socket.socket) -> None:
     """Say much, hear it again, and end."""
     connection.settimeout(60)
     said = bytes(n % 251 for n in range(BULK))
-    thread = threading.Thread(
-        target=lambda: (connection.sendall(said), connection.shutdown(socket.SHUT_WR))
-    )
+
+    def say() -> None:
+        connection.sendall(said)
+        connection.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=say)
     thread.start()
     heard = bytearray()
     while part := connection.recv(1 << 16):

@@ -16,23 +16,23 @@ from pkvm.vmm.virtio.loop import IN, OUT, Loop
 PATIENCE_S = 30
 
 
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    before = threading.active_count()
-    loop = Loop("test")
-    yield loop
-    loop.close()
-    assert threading.active_count() == before
+Pair = tuple[socket.socket, socket.socket]
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+def pair() -> Iterator[Pair]:
     left, right = socket.socketpair()
     with left, right:
         yield left, right
 
 
-Pair = tuple[socket.socket, socket.socket]
+@pytest.fixture
+def loop(pair: Pair) -> Iterator[Loop]:
+    before = threading.active_count()
+    loop = Loop("test")
+    yield loop
+    loop.close()
+    assert threading.active_count() == before
 
 
 def test_it_calls_when_there_is_input(loop: Loop, pair: Pair) -> None:
