@@ -13,7 +13,7 @@ BENCH_PACKAGES  := qemu-system-arm $(KERNEL_PACKAGES)
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint unit bench guests packages clean
+.PHONY: help run linux test lint unit bench guests packages clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,11 @@ $(VENV)/.dev: $(BIN)/pkvm pyproject.toml
 
 run: $(BIN)/pkvm  ## set up, then run the demonstration as a protected VM (ARGS='--json')
 	@$(BIN)/pkvm run $(ARGS)
+
+linux: $(BIN)/pkvm  ## fetch a stock Debian kernel and boot it as a protected VM, to a shell
+	@kernel=$$($(BIN)/python -m pkvm.testbed.debian --kernel 7.3) && \
+	initrd=$$($(BIN)/python -m pkvm.testbed.initramfs) && \
+	$(BIN)/pkvm run --kernel "$$kernel" --initrd "$$initrd" --append console=ttyAMA0 $(ARGS)
 
 test: packages lint unit  ## set up, then lint, type-check and test everything
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import gzip
 import stat
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkvm.testbed.initramfs import INIT, MARKER, Archive, busybox_root
+from pkvm.testbed.initramfs import INIT, MARKER, Archive, busybox_root, cached
 
 
 @dataclass
@@ -131,3 +132,16 @@ def test_the_root_has_what_init_needs() -> None:
     assert {"/proc", "/sys", "/dev"} <= set(mounted)
     assert {"proc", "sys", "dev", "tmp"} <= set(entries)
     assert MARKER in INIT
+
+
+def test_the_cached_one_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PKVM_CACHE", str(tmp_path / "cache"))
+    busybox = tmp_path / "busybox"
+    busybox.write_bytes(b"program")
+    path = cached(busybox)
+    assert path.read_bytes() == busybox_root(b"program").gzip()
+    made = path.stat().st_mtime_ns
+    assert cached(busybox) == path
+    assert path.stat().st_mtime_ns == made
+    busybox.write_bytes(b"another")
+    assert cached(busybox) != path

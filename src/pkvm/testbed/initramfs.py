@@ -3,13 +3,21 @@
 
 The format is the kernel's own (Documentation/driver-api/early-userspace/buffer-format.rst). The
 same content gives the same bytes: no times, no owners but root, and inode numbers in order.
+
+`python -m pkvm.testbed.initramfs` makes one of Debian's busybox in the user's cache and prints its
+path: a shell on the console, or with run="COMMAND" on the kernel's command line that command.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import stat
-from pathlib import PurePosixPath
+import sys
+from pathlib import Path, PurePosixPath
+
+from pkvm.testbed import cache
+from pkvm.testbed.debian import DebianError, Packages
 
 MARKER = "userland reached"
 """What /init prints first, followed by the seconds since the kernel's start."""
@@ -124,3 +132,28 @@ def _record(name: str, inode: int, mode: int, data: bytes, device: tuple[int, in
 
 def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
+
+
+def cached(busybox: Path) -> Path:
+    """A gzipped `busybox_root` of this busybox, in the user's cache. Raises OSError."""
+    data = busybox_root(busybox.read_bytes()).gzip()
+    folder = cache.root() / "initramfs" / hashlib.sha256(data).hexdigest()[:16]
+    with cache.lock(folder.parent):
+        if not folder.exists():
+            with cache.making(folder) as partial:
+                (partial / "initrd.gz").write_bytes(data)
+    return folder / "initrd.gz"
+
+
+def main() -> int:
+    """The command line of this module; its exit status."""
+    try:
+        print(cached(Packages().busybox()))
+    except (DebianError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
