@@ -55,6 +55,7 @@ _PUBLIC: dict[str, tuple[Any, list[Any]]] = {
 }
 _INTERNAL: dict[str, tuple[Any, list[Any]]] = {
     "arm_cpu_do_interrupt": (None, [c_void_p]),
+    "arm_cpu_get_phys_page_attrs_debug": (c_uint64, [c_void_p, c_uint64, c_void_p]),
     "arm_cpu_update_virq": (None, [c_void_p]),
     "arm_cpu_update_vfiq": (None, [c_void_p]),
     "arm_rebuild_hflags": (None, [c_void_p]),
@@ -91,6 +92,7 @@ class Library:
     uc_emu_stop: Any
     uc_strerror: Any
     arm_cpu_do_interrupt: Any
+    arm_cpu_get_phys_page_attrs_debug: Any
     arm_cpu_update_virq: Any
     arm_cpu_update_vfiq: Any
     arm_rebuild_hflags: Any

@@ -82,6 +82,22 @@ class SystemRegisters:
         callback = WRITE_REGISTER(lambda _env, _info, value: function(value))
         self._replace(key, self._layout.ri_writefn, callback)
 
+    def implement(self, key: int, function: Callable[[int], None]) -> None:
+        """Let `function` do what an instruction does that QEMU compiles to nothing: it gets the
+        register's value. It must not raise."""
+        self.on_write(key, function)
+        kind = ctypes.c_uint32.from_address((self.info(key) or 0) + self._layout.ri_type)
+        kind.value = kind.value & ~self._layout.type_nop | self._layout.type_no_raw
+
+    def set_constant(self, register: SysReg, value: int) -> None:
+        """Change what a constant register reads as. Raises KeyError if the CPU has none such."""
+        found = self._find(register)
+        if found.constant is None:
+            raise KeyError(register.name)
+        address = found.info + self._layout.ri_resetvalue
+        ctypes.c_uint64.from_address(address).value = value
+        self._known.clear()
+
     def store_writes(self, key: int) -> None:
         """Let a guest's write store the value and do nothing else. No effect on a register that
         the CPU does not have."""

@@ -18,6 +18,8 @@ What libunicorn does in its own way, and what is done about it here:
   PC under an exit to EL2: the lines are dropped for the time outside.
 * An access where nothing answers ends emulation: a load or fetch becomes an
   external abort in the guest, a store is lost, as posted writes are.
+* Writes through a mapping that is not executable leave stale translations:
+  IC instructions are made to do their work (`instruction_cache`).
 * WFI that EL2 does not trap completes at once, as it may.
 * Hardware breakpoints live outside the saved context and would follow the
   engine into another VM: their registers store, and nothing matches.
@@ -49,6 +51,7 @@ from pkvm.machine.cpu.context import CpuContext
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
 from pkvm.machine.cpu.exclusion import INSIDE, INTERRUPTED, WAITING, CpuOwnership
+from pkvm.machine.cpu.instruction_cache import InstructionCache
 from pkvm.machine.cpu.library import (
     BLOCK_HOOK,
     INTERRUPT_HOOK,
@@ -154,6 +157,9 @@ class UnicornEngine(CpuContext):
             self._sysregs.store_writes(AARCH64_KEY | register.one_reg)
         ram = library.qemu_ram_addr_from_host(addresses.uc, self._memory.host_address)
         self._ram_address_shift = ram - self._memory.ram_base
+        self._instruction_cache = InstructionCache(
+            library, addresses, self._sysregs, self._memory, self._ram_address_shift
+        )
 
     def _install_hooks(self) -> None:
         library, addresses = self._library, self._addresses

@@ -91,6 +91,9 @@ class UnicornLayout:
     # Bits of ARMCPRegInfo.type
     type_special: int = 1
     type_const: int = 2
+    type_no_raw: int = 0x80
+    type_nop: int = 0x101
+    """With `type_special`."""
 
     # Index in banked_spsr
     spsr_el1: int = 1
