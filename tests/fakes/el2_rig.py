@@ -32,6 +32,7 @@ from pkvm.hyp.abi import (
 )
 from pkvm.hyp.hypervisor import Hypervisor
 from pkvm.hyp.mem_protect import carveout_bytes
+from pkvm.hyp.policy import ANDROID, RFC, Policy
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.hyp.vm import Vm
 from pkvm.machine.machine import Machine
@@ -66,6 +67,7 @@ class El2:
         firmware: bool = True,
         cpu_model: str = "cortex-a72",
         virtual_clock: bool = False,
+        policy: Policy = RFC,
     ) -> None:
         self.recorder = EventList()
         self.machine = Machine(
@@ -84,7 +86,9 @@ class El2:
             carveout=(memory.ram_end - size, size),
             firmware=(self.firmware_pa, FIRMWARE_BYTES) if firmware else None,
             protected=protected,
+            policy=policy,
         )
+        self.policy = policy
         self.hyp.initialise()
         self.bus = self.machine.host_bus
         self.engine = self.machine.engine
@@ -210,9 +214,12 @@ class Guest:
         ram_pages: int = 4,
         tables: int = 8,
         block: bool = False,
+        features: int = 0,
+        firmware: bool = True,
     ) -> None:
         self.el2 = el2
         self.protected = protected
+        self.features = features
         self.handle = el2.call(HostCall.RESERVE_VM)
         self.page = el2.shared_page(
             {
@@ -228,6 +235,9 @@ class Guest:
         self.tables = [el2.pages() for _ in range(tables)]
         if tables:
             el2.call(HostCall.TOPUP_MEMCACHE, self.handle, el2.link(self.tables), tables)
+        self.firmware = firmware and el2.policy.isolation is not None
+        if self.firmware and protected and el2.policy == ANDROID:
+            self._name_firmware()
         self.vcpus: list[int] = []
         self.areas: list[int] = []
         for index in range(vcpus):
@@ -255,11 +265,15 @@ class Guest:
         assert vcpu is not None
         return vcpu
 
-    def add_vcpu(self, index: int, vcpu_id: int | None = None) -> None:
+    def add_vcpu(self, index: int, vcpu_id: int | None = None, *, stopped: bool = True) -> None:
+        """`stopped`: the host does not mean this one to start by itself; of a VM's first vCPU it
+        always does."""
         page = self.el2.shared_page(
             {
                 HostVcpu.VCPU_ID: index if vcpu_id is None else vcpu_id,
                 HostVcpu.VCPU_IDX: index,
+                HostVcpu.FEATURES: self.features,
+                HostVcpu.MP_STATE: 5 if stopped and index else 0,
                 HostVcpu.PSTATE: PSTATE_RESET,
                 HostVcpu.PC: RAM_IPA,
                 SCTLR: SCTLR_EL1_RESET,
@@ -273,12 +287,16 @@ class Guest:
     def _donate(self) -> None:
         el2 = self.el2
         el2.bus.write(self.slot, b"host" * (SLOT_BYTES // 4))
-        el2.call(HostCall.SET_FIRMWARE, self.handle, FIRMWARE_IPA, SLOT_BYTES)
+        if self.firmware and el2.policy != ANDROID:
+            self._name_firmware()
         listing = el2.list_page(
             (self.ram >> 12, RAM_IPA >> 12, self.ram_pages),
             (self.slot >> 12, FIRMWARE_IPA >> 12, SLOT_BYTES >> 12),
         )
         el2.call(HostCall.DONATE_GUEST_SGLIST, self.handle, listing, 2)
+
+    def _name_firmware(self) -> None:
+        self.el2.call(HostCall.SET_FIRMWARE, self.handle, FIRMWARE_IPA, SLOT_BYTES)
 
     def _lend(self) -> None:
         self.load()

@@ -114,6 +114,7 @@ TRIGGERS = {
     "SYSTEM_RESET2": hvc(
         ExitClass.SYSTEM_RESET2, F.SYSTEM_RESET2_64, 1 << 31, secret(42), secret(43), shown=2
     ),
+    "TRNG": hvc(ExitClass.TRNG, Function.TRNG_RND64, 100, secret(42), secret(43), shown=1),
     "fetch": Trigger(
         ExitClass.IABT, a64.br(9), {9: NOWHERE + 0x124}, {RunResult.HPFAR: NOWHERE >> 8},
         0x8200_0005, NOWHERE, pc_moves=-1,

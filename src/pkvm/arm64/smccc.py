@@ -53,6 +53,8 @@ class Function(IntEnum):
     TRNG_UUID = 0x8400_0052
     TRNG_RND32 = 0x8400_0053
     TRNG_RND64 = 0xC400_0053
+    PV_TIME_FEATURES = 0xC500_0020
+    PV_TIME_ST = 0xC500_0021
     VENDOR_UID = 0x8600_FF01
     KVM_FEATURES = 0x8600_0000
     KVM_PTP = 0x8600_0001
@@ -67,6 +69,14 @@ class Function(IntEnum):
     MMIO_RGUARD_MAP = 0xC600_000A
     MMIO_RGUARD_UNMAP = 0xC600_000B
 
+
+TRNG_VERSION_1_0 = 0x1_0000
+TRNG_INVALID_PARAMETERS = -2 & MASK64
+TRNG_NO_ENTROPY = -3 & MASK64
+"""Return codes of the TRNG interface (Arm DEN 0098), which are not SMCCC's."""
+TRNG_MAX_BITS_32 = 96
+TRNG_MAX_BITS_64 = 192
+"""Most bits that one call of TRNG_RND32 and TRNG_RND64 returns: three registers full."""
 
 VENDOR_HYP_UID = (0xB66F_B428, 0xE911_C52E, 0x564B_CAA9, 0x743A_004D)
 """X0-X3 of VENDOR_UID: KVM's UUID 28b46fb6-2ec5-11e9-a9ca-4b564d003a74."""

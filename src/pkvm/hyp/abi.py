@@ -124,6 +124,8 @@ class HypRequest(IntEnum):
     NONE = 0
     MEMCACHE = 1
     """TOPUP_MEMCACHE with REQ_PAGES pages, then run again; the guest's HVC is executed again."""
+    MAP = 2
+    """HOST_DONATE_GUEST of the page at REQ_IPA, then run again likewise."""
 
 
 class RunResult:
@@ -143,9 +145,10 @@ class RunResult:
     """SCTLR_EL1 bits EE and E0E of a protected guest at a data abort; nothing else of it."""
     X1 = 4
     X2 = 5
-    """Arguments of a protected guest's PSCI call."""
+    """Arguments of a protected guest's call."""
     REQ_TYPE = 2
     REQ_PAGES = 3
+    REQ_IPA = 4
     """For ExitCode.HYP_REQ."""
     COUNT = 8
 
@@ -198,6 +201,8 @@ class HostVcpu:
     FEATURES = 0x148
     """Bit mask of KVM_ARM_VCPU_* features; read once by INIT_VCPU."""
     MP_STATE = 0x150
+    ENTROPY = 0x158
+    """Three words of the host's randomness, for the answer to TRNG_RND32 and TRNG_RND64."""
     SP_EL1 = 0x170
     ELR_EL1 = 0x178
     SPSR_EL1 = 0x180

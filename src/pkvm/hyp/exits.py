@@ -9,8 +9,9 @@ the class of that exit accepts. The two tables are one: `RULES`.
 What the host does at each exit code of VCPU_RUN (the contract):
 
 * IRQ: nothing is published, nothing accepted. Run again when it suits.
-* HYP_REQ: REQ_TYPE MEMCACHE. TOPUP_MEMCACHE with REQ_PAGES pages or more, then
-  run: the guest's HVC is executed again.
+* HYP_REQ: REQ_TYPE MEMCACHE: TOPUP_MEMCACHE with REQ_PAGES pages or more, then
+  run: the guest's HVC is executed again. REQ_TYPE MAP: likewise, after a
+  donation of the page at REQ_IPA.
 * ILLEGAL: the vCPU cannot run: it is off, or (AArch32 state, an exit that no
   class has) it never will again.
 * TRAP: ESR.EC says what:
@@ -24,11 +25,14 @@ What the host does at each exit code of VCPU_RUN (the contract):
     means that it cannot be woken. CPU_OFF: the vCPU is off. SYSTEM_OFF,
     SYSTEM_RESET: the VM is over; if it is run nevertheless the guest gets
     INTERNAL_FAILURE. CPU_SUSPEND, SYSTEM_RESET2: the guest gets X0.
+    TRNG_RND32, TRNG_RND64: X1 is the number of bits; answer with X0 = 0 and
+    random words in `HostVcpu.ENTROPY`. With any other X0 the guest gets NO_ENTROPY.
   - DABT (0x24) with ESR.ISV: an MMIO access. ESR without SRT (the register);
     the address is HPFAR's page and FAR[11:0]; SCTLR_EE has EE and E0E; for a
     store X0 is the data, as many bytes as ESR.SAS says, in register order. Set
     INCREMENT_PC, for a load with the data in X0 (EL2 extends it); or
-    PENDING_EXCEPTION: external abort.
+    PENDING_EXCEPTION: external abort. If the VM has the MMIO guard, only where
+    the guest said that there is a device.
   - DABT without ISV, IABT (0x20): a page is missing (HPFAR), or nothing can be
     done but PENDING_EXCEPTION: external abort. Otherwise the access is retried.
 
@@ -43,16 +47,19 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 from pkvm.arm64 import esr as e
+from pkvm.arm64 import smccc
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import INTERNAL_FAILURE
 from pkvm.arm64.registers import SCTLR_E0E, SCTLR_EE
+from pkvm.arm64.smccc import SUCCESS
 from pkvm.events import NO_ADDRESS, GuestExit, GuestHypercall, Recorder
-from pkvm.hyp import inject, power
-from pkvm.hyp.abi import SMCCC_SUCCESS, ExitCode, HypRequest, RunResult, VcpuFlag
+from pkvm.hyp import inject, mmio_guard, power
+from pkvm.hyp.abi import SMCCC_SUCCESS, ExitCode, HostVcpu, HypRequest, RunResult, VcpuFlag
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 
 XZR = 31
+_ENTROPY = HostVcpu.ENTROPY >> 3
 _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
 _WHOLE_ESR = 0xFFFF_FFFF
@@ -86,7 +93,9 @@ class ExitClass(IntEnum):
     HYP_REQ = 13
     ILLEGAL = 14
     NONPROTECTED = 15
-    """Any but IRQ of a non-protected vCPU: not subject to these rules."""
+    """Any but IRQ of a vCPU that is not isolated: not subject to these rules."""
+    TRNG = 16
+    """TRNG_RND32 and TRNG_RND64."""
 
 
 State = tuple[int, int, int, int, int]
@@ -95,8 +104,8 @@ Source = Callable[[CpuEngine, int], int]
 """(engine, ESR_EL2) -> the value of a published word."""
 Result = Callable[[CpuEngine, int, int], None]
 """(engine, ESR_EL2 of the exit, host's X0): what the trapped instruction gives the guest."""
-Answer = Callable[[Vcpu, int], int]
-"""(vcpu, host's X0) -> the guest's X0 of a PSCI call."""
+Answer = Callable[[CpuEngine, Vcpu, int], tuple[int, int, int, int]]
+"""(engine, vcpu, host's X0) -> the guest's X0-X3 of a call."""
 Pending = Callable[[CpuEngine, Vcpu], None]
 """The exception that PENDING_EXCEPTION means."""
 
@@ -120,7 +129,7 @@ class Rule(NamedTuple):
     stored: bool = False
     """X0 is what a store puts on the bus: as many bytes of the register as the access has."""
     arguments: int | None = None
-    """A PSCI call's: X0 is its function, and so many arguments follow."""
+    """A call's: X0 is its function, and so many arguments follow."""
     # accepted
     pending: Pending | None = None
     advance: bool = False
@@ -162,12 +171,31 @@ def _abort(engine: CpuEngine, vcpu: Vcpu) -> None:
     inject.external_abort(engine, engine.esr_el2, engine.far_el2)
 
 
-def _hosts_word(vcpu: Vcpu, host_result: int) -> int:
-    return host_result
+def _hosts_word(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, int, int]:
+    return (host_x0, 0, 0, 0)
 
 
-def _no_return(vcpu: Vcpu, host_result: int) -> int:
-    return INTERNAL_FAILURE
+def _no_return(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, int, int]:
+    return (INTERNAL_FAILURE, 0, 0, 0)
+
+
+def _settled(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, int, int]:
+    return (power.settle_on(vcpu, host_x0), 0, 0, 0)
+
+
+def _entropy(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, int, int]:
+    """So many bits of the host's words as the guest's X1 still says, the first in X3."""
+    if host_x0 != SMCCC_SUCCESS:
+        return (smccc.TRNG_NO_ENTROPY, 0, 0, 0)
+    high, middle, low = vcpu.page[_ENTROPY : _ENTROPY + 3].tolist()
+    if vcpu.exit_function == smccc.Function.TRNG_RND32:
+        bits, width = min(engine.x[1] & _W_MASK, smccc.TRNG_MAX_BITS_32), 32
+    else:
+        bits, width = min(engine.x[1], smccc.TRNG_MAX_BITS_64), 64
+    word = (1 << width) - 1
+    entropy = (high & word) << 2 * width | (middle & word) << width | low & word
+    entropy &= (1 << bits) - 1
+    return (SUCCESS, entropy >> 2 * width, entropy >> width & word, entropy & word)
 
 
 _ESR_NO_RT = _WHOLE_ESR & ~e.SYS64_RT_MASK
@@ -202,7 +230,7 @@ RULES: dict[ExitClass, Rule] = {
         pending=_undefined,
         advance=True,
     ),
-    ExitClass.CPU_ON: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=power.settle_on),
+    ExitClass.CPU_ON: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=_settled),
     ExitClass.CPU_OFF: Rule("hvc", esr=_WHOLE_ESR, arguments=0),
     ExitClass.CPU_SUSPEND: Rule("hvc", esr=_WHOLE_ESR, arguments=0, answer=_hosts_word),
     ExitClass.SYSTEM_OFF: Rule("hvc", esr=_WHOLE_ESR, arguments=0, answer=_no_return),
@@ -218,6 +246,7 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.HYP_REQ: Rule("hyp_req", ExitCode.HYP_REQ),
     ExitClass.ILLEGAL: Rule("illegal", ExitCode.ILLEGAL),
     ExitClass.NONPROTECTED: Rule("trap"),
+    ExitClass.TRNG: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=_entropy),
 }
 # The columns of RULES, by class: what every exit and entry looks up.
 _BY_NUMBER = tuple(RULES[one] for one in ExitClass)
@@ -244,16 +273,18 @@ _EXIT_CLASS = Vcpu.index_of("exit_class")
 
 
 def _data_abort_shown(
-    handle: int, index: int, esr: int, hpfar: int
+    vcpu: Vcpu, esr: int, hpfar: int, far: int
 ) -> tuple[int, int, int, int, GuestExit]:
-    """What depends on ESR_EL2 and HPFAR_EL2 alone of a data abort's exit: class, the ESR that is
-    shown, the register of a store and the mask of what it stores, the event."""
+    """What depends on the syndrome and the address alone of a data abort's exit, until the guest
+    says where there are devices: class, the ESR that is shown, the register of a store and the mask
+    of what it stores, the event."""
     kind = ExitClass.DABT
-    if esr & e.ISV:
+    ipa = (hpfar & _DABT_HPFAR) << 8 | far
+    if esr & e.ISV and mmio_guard.allows(vcpu.vm, ipa, 1 << (esr >> e.SAS_SHIFT & 3)):
         kind = ExitClass.MMIO_WRITE if esr & e.WNR else ExitClass.MMIO_READ
     rule = RULES[kind]
     shown = esr & rule.esr
-    event = GuestExit(handle, index, rule.reason, shown, (hpfar & _DABT_HPFAR) << 8)
+    event = GuestExit(vcpu.handle, vcpu.index, rule.reason, shown, (hpfar & _DABT_HPFAR) << 8)
     register = (esr & e.SRT_MASK) >> e.SRT_SHIFT
     if not rule.stored or register == XZR:
         return int(kind), shown, 0, 0, event
@@ -269,6 +300,8 @@ class Exits:
         self._record = recorder.record
         self.results = nothing_but(ExitCode.IRQ)
         """VCPU_RUN's registers from X0 on, for the last exit."""
+        self.forget_aborts: Callable[[], None] = _nothing
+        """What data aborts show must be looked up again: the guest has said where devices are."""
 
     def publish(self, vcpu: Vcpu, kind: ExitClass, esr: int, state: State) -> None:
         """Exit to the host: show what the class lets, remember what the answer is about. The guest
@@ -301,20 +334,22 @@ class Exits:
         Every access to a device comes by here, again and again the same few: everything is at
         hand, the masks are constants, and what a syndrome and a page show is remembered.
         """
-        shown_of = lru_cache(maxsize=1024)(partial(_data_abort_shown, vcpu.handle, vcpu.index))
+        shown_of = lru_cache(maxsize=1024)(partial(_data_abort_shown, vcpu))
+        self.forget_aborts = shown_of.cache_clear
         state, x, record, words = self._engine.exit_state, self._x, self._record, vcpu.words
 
         def publish(esr: int) -> bool:
             mode, aarch64, sctlr, far, hpfar = state()
             if not aarch64:
                 return False
-            words[_EXIT_CLASS], shown, register, mask, event = shown_of(esr, hpfar)
+            far &= _DABT_FAR
+            words[_EXIT_CLASS], shown, register, mask, event = shown_of(esr, hpfar, far)
             self.results = (
                 SMCCC_SUCCESS,
                 _TRAP,
                 shown,
                 x[register] & mask if mask else 0,
-                far & _DABT_FAR,
+                far,
                 hpfar & _DABT_HPFAR,
                 mode & _DABT_MODE,
                 sctlr & _DABT_ENDIAN,
@@ -325,7 +360,7 @@ class Exits:
         return publish
 
     def publish_call(self, vcpu: Vcpu, kind: ExitClass) -> None:
-        """Exit to the host for a PSCI call: its function id and so many arguments as it may see."""
+        """Exit to the host for a call: its function id and so many arguments as it may see."""
         engine = self._engine
         esr = engine.esr_el2
         function, *arguments = engine.args()
@@ -344,13 +379,10 @@ class Exits:
         self.results = nothing_but(rule.code)
         self._record(GuestExit(vcpu.handle, vcpu.index, rule.reason, 0))
 
-    def request_table_pages(self, vcpu: Vcpu, npages: int) -> None:
-        """Exit to the host for table pages."""
+    def request(self, vcpu: Vcpu, kind: HypRequest, npages: int, ipa: int = 0) -> None:
+        """Exit to the host for something that EL2 needs: see `HypRequest`."""
         self.publish_nothing(vcpu, ExitClass.HYP_REQ)
-        results = [*self.results]
-        results[RunResult.REQ_TYPE] = HypRequest.MEMCACHE
-        results[RunResult.REQ_PAGES] = npages
-        self.results = tuple(results)
+        self.results = request_of(kind, npages, ipa)
 
     def accept(self, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
         """Take what `kind`, the class of the last exit, lets the host answer; once.
@@ -363,10 +395,12 @@ class Exits:
         engine = self._engine
         answer, pending, advance, result = _ACCEPTED[kind]
         if answer is not None:
-            value = answer(vcpu, x0 & MASK64)
-            engine.set_results(value, 0, 0, 0)
+            results = answer(engine, vcpu, x0 & MASK64)
+            engine.set_results(*results)
             if kind != ExitClass.SYSTEM_OFF:
-                self._record(GuestHypercall(vcpu.handle, vcpu.index, vcpu.exit_function, value))
+                self._record(
+                    GuestHypercall(vcpu.handle, vcpu.index, vcpu.exit_function, results[0])
+                )
         elif flags & _PENDING_EXCEPTION and pending is not None:
             pending(engine, vcpu)
         elif flags & _INCREMENT_PC and advance:
@@ -378,3 +412,16 @@ class Exits:
 def nothing_but(code: ExitCode) -> tuple[int, ...]:
     """VCPU_RUN's registers with an exit code alone."""
     return SMCCC_SUCCESS, int(code), *[0] * (RunResult.COUNT - 2)
+
+
+def request_of(kind: HypRequest, npages: int, ipa: int) -> tuple[int, ...]:
+    """VCPU_RUN's registers for ExitCode.HYP_REQ."""
+    results = [*nothing_but(ExitCode.HYP_REQ)]
+    results[RunResult.REQ_TYPE] = int(kind)
+    results[RunResult.REQ_PAGES] = npages
+    results[RunResult.REQ_IPA] = ipa
+    return tuple(results)
+
+
+def _nothing() -> None:
+    """No vCPU has run yet."""

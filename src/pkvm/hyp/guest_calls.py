@@ -2,25 +2,31 @@
 """What a protected guest may ask of EL2 by HVC (SMCCC; facts §6.4, §6.5).
 
 Function ids must be exactly those of the tables, 32- or 64-bit form; the SVE
-hint is ignored, as are the upper half of X0 and the HVC's immediate. Everything
-else is NOT_SUPPORTED: no call of a protected guest's reaches the host but those
-of PSCI that exit to it.
+hint is ignored, as are the upper half of X0 and the HVC's immediate. Which calls
+there are the dialect says. Of a guest whose registers EL2 keeps everything else
+is NOT_SUPPORTED: no call of its reaches the host but those that EL2 has exit to
+it. Of another guest the host serves everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from pkvm.arm64 import smccc
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, SUCCESS, Function
 from pkvm.arm64.stage2 import PAGE_SIZE
-from pkvm.events import Recorder, Refusal
+from pkvm.events import Recorder, Refusal, VmLife
+from pkvm.hyp import mmio_guard
+from pkvm.hyp.abi import HypRequest
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.exits import Exits
 from pkvm.hyp.mem_protect import GuestMemory, MemProtect
-from pkvm.hyp.policy import Policy
+from pkvm.hyp.nonprotected import NonProtected
+from pkvm.hyp.policy import Policy, Unmapped
 from pkvm.hyp.psci import Call, Psci
+from pkvm.hyp.trng import Trng
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 
@@ -34,10 +40,11 @@ FUNCTION_MASK = 0xFFFF_FFFF & ~smccc.SVE_HINT
 _W_MASK = 0xFFFF_FFFF
 _BITMAP_BITS = 32
 _HAS_RANGE = 1
-"""HYP_MEMINFO's X1: MEM_SHARE and MEM_UNSHARE take a number of granules."""
+"""X1 of HYP_MEMINFO and MMIO_GUARD_INFO: there are calls that take a number of granules."""
 UNSUPPORTED: Results = (NOT_SUPPORTED, 0, 0, 0)
 """The answer to every function id that no service has."""
 _INVALID: Results = (INVALID_PARAMETER, 0, 0, 0)
+_DONE: Results = (SUCCESS, 0, 0, 0)
 _ARCH_FEATURES = frozenset({Function.SMCCC_VERSION, Function.SMCCC_ARCH_FEATURES})
 _NUMBER_MASK = 0xFFFF
 
@@ -50,39 +57,48 @@ class GuestCalls:
         engine: CpuEngine,
         mem: MemProtect,
         exits: Exits,
+        nonprotected: NonProtected,
         recorder: Recorder,
         policy: Policy,
     ) -> None:
         self._engine = engine
         self._mem = mem
         self._exits = exits
+        self._nonprotected = nonprotected
         self._record = recorder.record
         self._policy = policy
+        self._has_range = policy.has_range
+        self._meminfo: Results = (PAGE_SIZE, _HAS_RANGE if policy.has_range else 0, 0, 0)
         vendor: dict[int, Service] = {
             Function.KVM_FEATURES: self._kvm_features,
             Function.HYP_MEMINFO: self._hyp_meminfo,
             Function.MEM_SHARE: self._mem_share,
             Function.MEM_UNSHARE: self._mem_unshare,
+            Function.MMIO_GUARD_INFO: self._mmio_guard_info,
+            Function.MMIO_GUARD_ENROLL: self._mmio_guard_enroll,
+            Function.MMIO_GUARD_MAP: self._mmio_guard_map,
+            Function.MMIO_GUARD_UNMAP: self._mmio_guard_unmap,
+            Function.MEM_RELINQUISH: self._mem_relinquish,
+            Function.MMIO_RGUARD_MAP: self._mmio_rguard_map,
+            Function.MMIO_RGUARD_UNMAP: self._mmio_rguard_unmap,
         }
-        psci = Psci(engine, exits, recorder, policy)
-        self.services: dict[int, Service] = {
-            Function.SMCCC_VERSION: self._smccc_version,
-            Function.SMCCC_ARCH_FEATURES: self._arch_features,
-            Function.VENDOR_UID: self._vendor_uid,
-        }
+        self.services: dict[int, Service] = {}
+        if policy.isolation is not None:
+            version = policy.isolation.smccc_version
+            self.services[Function.SMCCC_VERSION] = partial(_constant, (version, 0, 0, 0))
+            self.services[Function.SMCCC_ARCH_FEATURES] = self._arch_features
+            self.services[Function.VENDOR_UID] = partial(_constant, smccc.VENDOR_HYP_UID)
+            psci = Psci(engine, exits, recorder, policy.isolation.psci_version)
+            for number, call in psci.table.items():
+                self.services[number] = _as_service(call)
+            if policy.isolation.trng:
+                self.services |= Trng(exits).table
         for function in policy.vendor_calls:
             self.services[function] = vendor[function]
-        for number, call in psci.table.items():
-            self.services[number] = _as_service(call)
-
-    def _smccc_version(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
-        return (self._policy.smccc_version, 0, 0, 0)
 
     def _arch_features(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
-        return (SUCCESS if x1 & _W_MASK in _ARCH_FEATURES else NOT_SUPPORTED, 0, 0, 0)
-
-    def _vendor_uid(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
-        return smccc.VENDOR_HYP_UID
+        there = x1 & _W_MASK in _ARCH_FEATURES
+        return (SUCCESS if there else NOT_SUPPORTED, 0, 0, 0)
 
     def _kvm_features(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
         bitmap = sum(1 << (function & _NUMBER_MASK) for function in self._policy.vendor_calls)
@@ -97,13 +113,59 @@ class GuestCalls:
     def _hyp_meminfo(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
         if x1 or x2 or x3:
             return _INVALID
-        return (PAGE_SIZE, _HAS_RANGE, 0, 0)
+        return self._meminfo
 
     def _mem_share(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
         return self._change("mem_share", self._mem.guest_share_host, vcpu, x1, x2, x3)
 
     def _mem_unshare(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
         return self._change("mem_unshare", self._mem.guest_unshare_host, vcpu, x1, x2, x3)
+
+    def _mem_relinquish(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
+        """The page is the host's again, zeroed; where there is none, nothing happens."""
+        if x2 or x3:
+            return _INVALID
+        try:
+            self._mem.guest_relinquish_host(vcpu.vm, x1)
+        except Refused as refused:
+            return self._refused("mem_relinquish", vcpu, refused)
+        return _DONE
+
+    def _mmio_guard_info(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
+        if x1 or x2 or x3:
+            return _INVALID
+        return (PAGE_SIZE, _HAS_RANGE, 0, 0)
+
+    def _mmio_guard_enroll(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
+        if not vcpu.vm.mmio_guard:
+            vcpu.vm.mmio_guard = 1
+            self._exits.forget_aborts()
+            self._record(VmLife("mmio_guard", vcpu.handle, vcpu.index))
+        return _DONE
+
+    def _mmio_guard_map(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
+        """One frame; older guests leave something in X2 and X3."""
+        done = self._mark(vcpu, x1, 1)
+        return done and (done[0], 0, 0, 0)
+
+    def _mmio_rguard_map(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
+        return _INVALID if x3 else self._mark(vcpu, x1, x2)
+
+    def _mmio_guard_unmap(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
+        """Nothing: what was a device stays one."""
+        return _DONE if vcpu.vm.mmio_guard else _INVALID
+
+    def _mmio_rguard_unmap(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
+        return _INVALID if x3 or not vcpu.vm.mmio_guard else (SUCCESS, x2, 0, 0)
+
+    def _mark(self, vcpu: Vcpu, ipa: int, nr: int) -> Results | None:
+        """X1 is how many frames were marked, maybe not all; on an error none was."""
+        try:
+            done = mmio_guard.mark(self._mem, vcpu.vm, ipa, nr)
+        except Refused as refused:
+            return self._refused("mmio_guard_map", vcpu, refused)
+        self._exits.forget_aborts()
+        return (SUCCESS, done, 0, 0)
 
     def _change(
         self,
@@ -115,22 +177,52 @@ class GuestCalls:
         reserved: int,
     ) -> Results | None:
         """MEM_SHARE or MEM_UNSHARE of `granules` from `ipa` (0 means 1). X1 is how many were done,
-        maybe not all; on an error none was. Without table pages to split a block, the host is
-        asked for some and the HVC is executed again."""
-        if reserved:
+        maybe not all; on an error none was. Without ranges it is one, and X1 says nothing."""
+        if reserved or (granules and not self._has_range):
             return _INVALID
         try:
             done = transition(vcpu.vm, ipa, granules or 1)
         except Refused as refused:
-            if refused.errno == Errno.ENOMEM:
-                self._engine.pc = (self._engine.pc - 4) & MASK64
-                self._exits.request_table_pages(vcpu, refused.pages_needed)
-                return None
-            self._record(
-                Refusal(op, refused.check, 0, refused.why, vcpu.handle, refused.pa, refused.ipa)
-            )
-            return _INVALID
-        return (SUCCESS, done, 0, 0)
+            if op == "mem_share" and refused.errno == self._policy.memory.unmapped:
+                return self._unmapped(vcpu, refused)
+            return self._refused(op, vcpu, refused)
+        return (SUCCESS, done, 0, 0) if self._has_range else _DONE
+
+    def _unmapped(self, vcpu: Vcpu, refused: Refused) -> Results | None:
+        """MEM_SHARE of a frame without a page. Where the guest expects a device there will be
+        none."""
+        wish = self._policy.unmapped_share
+        if wish is Unmapped.REFUSED or vcpu.vm.stage2.leaf(refused.ipa)[0]:
+            return self._refused("mem_share", vcpu, refused)
+        self._again()
+        if wish is Unmapped.REQUEST:
+            self._ask(vcpu, HypRequest.MAP, 1, refused.ipa)
+        else:
+            self._nonprotected.exit_fault(vcpu, refused.ipa)
+        return None
+
+    def _refused(self, op: str, vcpu: Vcpu, refused: Refused) -> Results | None:
+        """Without table pages the host is asked for some and the HVC executed again; else the
+        guest learns that it was refused, and nothing more."""
+        if refused.errno == Errno.ENOMEM:
+            self._again()
+            self._ask(vcpu, HypRequest.MEMCACHE, refused.pages_needed, 0)
+            return None
+        self._record(
+            Refusal(op, refused.check, 0, refused.why, vcpu.handle, refused.pa, refused.ipa)
+        )
+        return _INVALID
+
+    def _again(self) -> None:
+        self._engine.pc = (self._engine.pc - 4) & MASK64
+
+    def _ask(self, vcpu: Vcpu, kind: HypRequest, npages: int, ipa: int) -> None:
+        outlet = self._exits if vcpu.vm.isolated else self._nonprotected
+        outlet.request(vcpu, kind, npages, ipa)
+
+
+def _constant(results: Results, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
+    return results
 
 
 def _as_service(call: Call) -> Service:

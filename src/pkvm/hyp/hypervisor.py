@@ -29,6 +29,7 @@ from pkvm.hyp.exits import Exits
 from pkvm.hyp.guest_calls import GuestCalls
 from pkvm.hyp.host_calls import HostCalls
 from pkvm.hyp.host_memory import BusMaster
+from pkvm.hyp.id_registers import has_ptrauth
 from pkvm.hyp.lifecycle import Lifecycle
 from pkvm.hyp.mem_protect import MemProtect, Range
 from pkvm.hyp.nonprotected import NonProtected
@@ -115,13 +116,14 @@ class Hypervisor:
         self.table = VmTable()
         exits = Exits(engine, recorder)
         nonprotected = NonProtected(engine, recorder)
-        calls = GuestCalls(engine, self.mem, exits, recorder, policy)
+        calls = GuestCalls(engine, self.mem, exits, nonprotected, recorder, policy)
         vector = Vector(engine, exits, nonprotected, calls, SystemRegisters(engine), recorder)
         timers = Timers(engine, machine.new_timer)
         self.cpu = PhysicalCpu(
             engine, vector, exits, nonprotected, self.table, policy, recorder, timers
         )
-        life = Lifecycle(self.mem, self.table, self.cpu, recorder)
+        ptrauth = has_ptrauth(engine)
+        life = Lifecycle(self.mem, self.table, self.cpu, recorder, policy, ptrauth=ptrauth)
         donation = Donation(self.mem, engine, recorder)
         self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation).table
 

@@ -3,7 +3,9 @@
 
 A field that is not listed is 0. A listed one is the hardware's, at most the
 maximum. In a signed field a negative value means "not implemented"; it wins.
-SVE and pointer authentication are not offered, so their fields are not listed.
+SVE is not offered, so its field is not listed. Pointer authentication a VM has if
+its vCPUs ask for it (KVM_ARM_VCPU_PTRAUTH_*), else its fields are 0: the
+generic ones too, since PACGA traps like the others.
 """
 
 from __future__ import annotations
@@ -12,6 +14,11 @@ from typing import NamedTuple
 
 from pkvm.arm64 import registers as r
 from pkvm.machine.cpu.engine import CpuEngine
+
+FEATURE_PTRAUTH_ADDRESS = 1 << 5
+FEATURE_PTRAUTH_GENERIC = 1 << 6
+GUEST_FEATURES = FEATURE_PTRAUTH_ADDRESS | FEATURE_PTRAUTH_GENERIC
+"""KVM_ARM_VCPU_* features that change what a guest sees of its CPU: all or none of them."""
 
 
 class Limit(NamedTuple):
@@ -90,6 +97,16 @@ LIMITS: dict[r.SysReg, tuple[Limit, ...]] = {
         Limit(60, 1),  # E0PD
     ),
 }
+PTRAUTH_LIMITS: dict[r.SysReg, tuple[Limit, ...]] = {
+    r.ID_AA64ISAR1_EL1: (
+        Limit(4, 1),  # APA
+        Limit(8, 1),  # API
+        Limit(24, 1),  # GPA
+        Limit(28, 1),  # GPI
+    ),
+    r.ID_AA64ISAR2_EL1: (Limit(8, 1), Limit(12, 1)),  # GPA3, APA3
+}
+"""Further ones of a VM with pointer authentication."""
 CONSTANTS = {
     r.ID_AA64MMFR4_EL1: 0x0F00_0000,  # E2H0: not programmable
     r.ID_AA64DFR0_EL1: 0x000F_00F0_0000_0000,  # no double lock, no MTPMU, no debug, no PMU
@@ -97,8 +114,21 @@ CONSTANTS = {
 COPIED = (r.ID_AA64ISAR0_EL1,)
 
 
-def guest_id_registers(engine: CpuEngine) -> dict[r.SysReg, int]:
-    """Value of every ID register that is not 0 to guests on this CPU; the same for all guests."""
+def has_ptrauth(engine: CpuEngine) -> bool:
+    """Whether this CPU can authenticate pointers, addresses and others."""
+    for register, limits in PTRAUTH_LIMITS.items():
+        try:
+            hardware = engine.read_sysreg(register)
+        except KeyError:
+            continue
+        if any(limit.of(hardware) for limit in limits):
+            return True
+    return False
+
+
+def guest_id_registers(engine: CpuEngine, *, ptrauth: bool = False) -> dict[r.SysReg, int]:
+    """Value of every ID register that is not 0 to guests on this CPU, with or without pointer
+    authentication; otherwise the same for all guests."""
     values = dict(CONSTANTS)
     for register in COPIED:
         values[register] = engine.read_sysreg(register)
@@ -107,5 +137,7 @@ def guest_id_registers(engine: CpuEngine) -> dict[r.SysReg, int]:
             hardware = engine.read_sysreg(register)
         except KeyError:
             continue
+        if ptrauth:
+            limits += PTRAUTH_LIMITS.get(register, ())
         values[register] = sum(limit.of(hardware) for limit in limits)
     return values

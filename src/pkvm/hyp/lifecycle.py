@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from pkvm.arm64.psci import Affinity
 from pkvm.arm64.stage2 import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from pkvm.events import Recorder, Tlbi, VmLife
 from pkvm.hyp.abi import HANDLE_BASE, MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostVcpu, HostVm
 from pkvm.hyp.area import Area
 from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.id_registers import GUEST_FEATURES
 from pkvm.hyp.mem_protect import MemProtect
+from pkvm.hyp.policy import Policy
 from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.hyp.vm import Vm, VmTable, vmid_of
 
 FEATURE_EL1_32BIT = 1 << 1
 """KVM_ARM_VCPU_EL1_32BIT in HostVcpu.FEATURES."""
+MP_STATE_STOPPED = 5
+"""KVM_MP_STATE_STOPPED in HostVcpu.MP_STATE."""
 MAX_VCPU_ID = 1 << 20
 """MPIDR_EL1 has room for so many."""
 
@@ -30,8 +35,17 @@ class Lifecycle:
     and has then changed nothing. Addresses are PAs from the host."""
 
     def __init__(
-        self, mem: MemProtect, table: VmTable, cpu: PhysicalCpu, recorder: Recorder
+        self,
+        mem: MemProtect,
+        table: VmTable,
+        cpu: PhysicalCpu,
+        recorder: Recorder,
+        policy: Policy,
+        *,
+        ptrauth: bool,
     ) -> None:
+        self._isolation = policy.isolation
+        self._ptrauth = ptrauth
         self._mem = mem
         self._table = table
         self._cpu = cpu
@@ -78,6 +92,7 @@ class Lifecycle:
                 mem.memory,
                 handle=handle,
                 protected=protected == 1,
+                isolated=protected == 1 and self._isolation is not None,
                 created_vcpus=created_vcpus,
                 area_pa=area_pa,
                 host_pa=host_pa,
@@ -94,7 +109,9 @@ class Lifecycle:
 
         Raises Refused: ENOMEM if the area is not aligned or not the host's to give; ENOENT if
         there is no such VM, or it dies; EBUSY if the host's page is not shared; EINVAL for its
-        words: AArch32, an index that is taken or beyond the VM's number, an id that is taken.
+        words: AArch32, pointer authentication that the CPU or the VM's other vCPUs have not, an
+        index that is taken or beyond the VM's number, an id that is taken, a second vCPU that the
+        host wants to start in the firmware.
         """
         with ExitStack() as undo:
             self._donate(area_pa, VCPU_AREA_BYTES, PAGE_SIZE, undo)
@@ -111,6 +128,7 @@ class Lifecycle:
             if features & FEATURE_EL1_32BIT:
                 why = "a vCPU has no AArch32 state at EL1"
                 raise Refused(Errno.EINVAL, "features", why, vm=handle)
+            self._check_features(vm, features)
             if index >= len(vm.vcpus) or vm.vcpus[index] is not None:
                 why = f"vCPU {index} of {len(vm.vcpus)} cannot be made"
                 raise Refused(Errno.EINVAL, "vcpu_index", why, vm=handle)
@@ -119,10 +137,42 @@ class Lifecycle:
             ):
                 why = f"vCPU id {vcpu_id:#x} is taken or too large"
                 raise Refused(Errno.EINVAL, "vcpu_id", why, vm=handle)
+            starts = self._is_started_by_host(vm, words[HostVcpu.MP_STATE >> 3])
             vcpu = Vcpu(self._mem.memory, vm, index, vcpu_id, area_pa, host_pa)
             undo.pop_all()
+        vm.features = features & GUEST_FEATURES
+        if starts:
+            vcpu.power = Affinity.ON_PENDING
+            vcpu.started_by_host = 1
         vm.vcpus[index] = vcpu
         self._record(VmLife("init_vcpu", handle, index))
+
+    def _check_features(self, vm: Vm, features: int) -> None:
+        """Refuse (EINVAL) pointer authentication by halves, without the hardware, or other than
+        that of the VM's other vCPUs."""
+        wanted = features & GUEST_FEATURES
+        why = ""
+        if wanted and not self._ptrauth:
+            why = "this CPU has no pointer authentication"
+        elif wanted not in (0, GUEST_FEATURES):
+            why = "pointer authentication is of addresses and generic, or not at all"
+        elif wanted != vm.features and any(vm.vcpus):
+            why = "all vCPUs of a VM have pointer authentication, or none"
+        if why:
+            raise Refused(Errno.EINVAL, "features", why, vm=vm.handle)
+
+    def _is_started_by_host(self, vm: Vm, mp_state: int) -> bool:
+        """Whether a new vCPU runs without a CPU_ON, where INIT_VCPU decides that. Raises
+        Refused(EINVAL) for a second one of a VM with firmware."""
+        isolation = self._isolation
+        if isolation is None or not isolation.primary_at_init or not vm.isolated:
+            return False
+        if mp_state == MP_STATE_STOPPED:
+            return False
+        if vm.firmware_bytes and any(vcpu and vcpu.power != Affinity.OFF for vcpu in vm.vcpus):
+            why = "only one vCPU starts in the firmware"
+            raise Refused(Errno.EINVAL, "primary", why, vm=vm.handle)
+        return True
 
     def start_teardown(self, handle: int) -> None:
         """From now on the VM runs no more, and its pages may be reclaimed.

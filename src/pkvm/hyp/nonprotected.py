@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Non-protected vCPUs: the host sees and sets everything (facts §5.3).
+"""vCPUs of which the host sees and sets everything: non-protected ones, and those of protected
+VMs in a dialect that protects memory alone (facts §5.3).
 
 The contract. Every exit but IRQ is TRAP: the host's page then holds the vCPU's
 whole state, and RunResult has ESR, FAR, HPFAR and PSTATE as the hardware gave
@@ -19,7 +20,15 @@ SP_EL1, ELR_EL1 and SPSR_EL1 from the page; the rest of the page counts if DIRTY
 from __future__ import annotations
 
 from pkvm.arm64.bits import MASK64
-from pkvm.arm64.esr import EC, EC_SHIFT, HPFAR_FIPA_MASK
+from pkvm.arm64.esr import (
+    EC,
+    EC_SHIFT,
+    FSC_TRANSLATION,
+    HPFAR_FIPA_MASK,
+    IL,
+    WNR,
+    ipa_to_hpfar,
+)
 from pkvm.arm64.registers import (
     PSTATE_DAIF,
     PSTATE_DIT,
@@ -31,10 +40,18 @@ from pkvm.arm64.registers import (
     PSTATE_PAN,
     SysReg,
 )
+from pkvm.arm64.stage2 import LAST_LEVEL
 from pkvm.events import NO_ADDRESS, GuestExit, Recorder
 from pkvm.hyp import inject
-from pkvm.hyp.abi import CONTEXT_SYSREGS, SMCCC_SUCCESS, ExitCode, HostVcpu, VcpuFlag
-from pkvm.hyp.exits import ExitClass, nothing_but
+from pkvm.hyp.abi import (
+    CONTEXT_SYSREGS,
+    SMCCC_SUCCESS,
+    ExitCode,
+    HostVcpu,
+    HypRequest,
+    VcpuFlag,
+)
+from pkvm.hyp.exits import ExitClass, nothing_but, request_of
 from pkvm.hyp.reset import reset
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
@@ -61,6 +78,7 @@ _PSTATE_BITS = (
 )
 _SPSR_BITS = 0xFFFF_FFFF
 _ABORTS = (EC.IABT_LOW, EC.DABT_LOW)
+_WRITE_FAULT = EC.DABT_LOW << EC_SHIFT | IL | WNR | FSC_TRANSLATION + LAST_LEVEL
 _REASONS: dict[int, str] = {
     EC.WFX: "wfx",
     EC.HVC64: "hvc",
@@ -114,11 +132,30 @@ class NonProtected:
 
     def exit_trap(self, vcpu: Vcpu, esr: int) -> None:
         """Exit to the host with everything."""
+        self._exit(vcpu, esr, self._engine.far_el2, self._engine.hpfar_el2)
+
+    def exit_fault(self, vcpu: Vcpu, ipa: int) -> None:
+        """Exit to the host as for a write to the page at `ipa`, which is not there (facts §6.5)."""
+        self._exit(vcpu, _WRITE_FAULT, 0, ipa_to_hpfar(ipa))
+
+    def request(self, vcpu: Vcpu, kind: HypRequest, npages: int, ipa: int = 0) -> None:
+        """Exit to the host for something that EL2 needs."""
+        self.results = request_of(kind, npages, ipa)
+        vcpu.exit_class = ExitClass.HYP_REQ
+        self._record(GuestExit(vcpu.handle, vcpu.index, "hyp_req", 0))
+
+    def exit_illegal(self, vcpu: Vcpu) -> None:
+        """The vCPU never runs again."""
+        self.results = nothing_but(ExitCode.ILLEGAL)
+        vcpu.exit_class = ExitClass.ILLEGAL
+        self._record(GuestExit(vcpu.handle, vcpu.index, "illegal", 0))
+
+    def _exit(self, vcpu: Vcpu, esr: int, far: int, hpfar: int) -> None:
         engine = self._engine
-        far, hpfar = engine.far_el2, engine.hpfar_el2
         vcpu.exit_class = ExitClass.NONPROTECTED
         vcpu.exit_esr = esr
         vcpu.exit_far = far
+        vcpu.exit_hpfar = hpfar
         self.sync(vcpu)
         self.results = (SMCCC_SUCCESS, int(ExitCode.TRAP), esr, 0, far, hpfar, engine.pstate, 0)
         ec = esr >> EC_SHIFT

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""PSCI 1.1 for protected guests, at EL2 (Arm DEN 0022; facts §6.3).
+"""PSCI 1.1 for guests whose registers EL2 keeps (Arm DEN 0022; facts §6.3).
 
 What EL2 can answer by itself it does. Calls that need the host (a thread to
 wake, a VM to end) exit to it, after EL2 has changed the power state: the host
@@ -16,7 +16,6 @@ from pkvm.arm64.smccc import Function as SmcccFunction
 from pkvm.events import GuestHypercall, Recorder, VmLife
 from pkvm.hyp import power
 from pkvm.hyp.exits import ExitClass, Exits
-from pkvm.hyp.policy import Policy
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 
@@ -49,11 +48,11 @@ FEATURES = frozenset(
 class Psci:
     """The calls; `table` has them by function id. Any other id is not supported."""
 
-    def __init__(self, engine: CpuEngine, exits: Exits, recorder: Recorder, policy: Policy) -> None:
+    def __init__(self, engine: CpuEngine, exits: Exits, recorder: Recorder, version: int) -> None:
         self._engine = engine
         self._exits = exits
         self._record = recorder.record
-        self._policy = policy
+        self._psci_version = version
         self.table: dict[int, Call] = {
             Function.PSCI_VERSION: self._version,
             Function.PSCI_FEATURES: self._features,
@@ -75,7 +74,7 @@ class Psci:
         }
 
     def _version(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> int:
-        return self._policy.psci_version
+        return self._psci_version
 
     def _features(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> int:
         return SUCCESS if x1 & _W_MASK in FEATURES else NOT_SUPPORTED

@@ -10,11 +10,11 @@ from pkvm.arm64.psci import Affinity
 from pkvm.arm64.registers import SCTLR_EL1, SCTLR_EL1_RESET
 from pkvm.hyp.abi import HostVcpu
 from pkvm.hyp.exits import ExitClass
-from pkvm.hyp.policy import Policy
+from pkvm.hyp.policy import Isolation
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 
-_X0 = HostVcpu.X >> 3
+_X0, _PC = HostVcpu.X >> 3, HostVcpu.PC >> 3
 _BOOT_PROTOCOL_REGISTER = 15
 
 
@@ -27,17 +27,26 @@ def reset(engine: CpuEngine, vcpu: Vcpu) -> None:
     vcpu.exit_class = ExitClass.IRQ
 
 
-def start_primary(engine: CpuEngine, vcpu: Vcpu, policy: Policy) -> None:
-    """The first vCPU to enter (RFC 7.26.1): at the start of the firmware's range, SP_EL1 at its
-    end, the first registers as the VMM set them, X15 the boot protocol's version."""
-    vm = vcpu.vm
+def start_primary(engine: CpuEngine, vcpu: Vcpu, isolation: Isolation) -> None:
+    """A vCPU that starts because the host runs it. With firmware (RFC 7.26.1): at the start of the
+    firmware's range, SP_EL1 at its end or 0, the first registers as the VMM set them, X15 the boot
+    protocol's version. Without: at the host's PC, with the host's X0 alone."""
+    vm, page = vcpu.vm, vcpu.page
     reset(engine, vcpu)
-    for number in range(policy.primary_registers):
-        engine.x[number] = vcpu.page[_X0 + number]
-    engine.x[_BOOT_PROTOCOL_REGISTER] = policy.boot_protocol
-    engine.pc = vm.firmware_ipa
-    engine.set_sp(1, vm.firmware_ipa + vm.firmware_bytes)
+    if vm.firmware_bytes:
+        for number in range(isolation.primary_registers):
+            engine.x[number] = page[_X0 + number]
+        engine.x[_BOOT_PROTOCOL_REGISTER] = isolation.boot_protocol
+        engine.pc = vm.firmware_ipa
+        if isolation.stack_at_end:
+            engine.set_sp(1, vm.firmware_ipa + vm.firmware_bytes)
+        if isolation.firmware_enrolls:
+            vm.mmio_guard = 1
+    else:
+        engine.x[0] = page[_X0]
+        engine.pc = page[_PC]
     vcpu.power = Affinity.ON
+    vcpu.started_by_host = 0
     vm.entered = 1
 
 

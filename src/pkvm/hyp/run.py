@@ -24,7 +24,7 @@ from pkvm.hyp.abi import ExitCode
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.exits import ExitClass, Exits, nothing_but
 from pkvm.hyp.nonprotected import NonProtected
-from pkvm.hyp.policy import Policy
+from pkvm.hyp.policy import Isolation, Policy
 from pkvm.hyp.timer import Timers
 from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
 from pkvm.hyp.vcpu import CONTEXT_LIMIT, Vcpu
@@ -112,19 +112,24 @@ class PhysicalCpu:
         self._loaded = vcpu
 
     def put(self) -> None:
-        """VCPU_PUT: nothing is loaded. A non-protected vCPU's page is made current."""
+        """VCPU_PUT: nothing is loaded. The page of a vCPU that is not isolated is made current."""
         vcpu = self._loaded
         if vcpu is None or self._running:
             return
-        if not vcpu.vm.protected:
+        if not vcpu.vm.isolated:
             self._sync(vcpu)
         vcpu.loaded = 0
         vcpu.vm.users -= 1
         self._loaded = None
 
     def sync_state(self) -> None:
-        """VCPU_SYNC_STATE. Raises Refused(EINVAL) unless a non-protected vCPU is loaded."""
-        self._sync(self.loaded(protected=False))
+        """VCPU_SYNC_STATE. Raises Refused(EINVAL) if none is loaded, or one whose registers are not
+        the host's to see."""
+        vcpu = self.loaded()
+        if vcpu.vm.isolated:
+            why = "the vCPU's registers are not the host's to see"
+            raise Refused(Errno.EINVAL, "vm_kind", why, vm=vcpu.handle)
+        self._sync(vcpu)
 
     def run(self, flags: int, x0: int, nr_lrs: int = 0) -> tuple[int, ...]:
         """VCPU_RUN: run the loaded vCPU until an exit for the host. `flags` and `x0` are the host's
@@ -136,10 +141,10 @@ class PhysicalCpu:
             vcpu = self._loaded
             if vcpu is None or self._running:
                 vcpu = self.loaded()
-            protected, words = vcpu.vm.protected, vcpu.words
+            isolated, words = vcpu.vm.isolated, vcpu.words
             kind = words[_EXIT_CLASS]
             # The usual case, without another call.
-            if protected and vcpu is self._ready and words[_POWER] == _ON and kind != _ILLEGAL:
+            if isolated and vcpu is self._ready and words[_POWER] == _ON and kind != _ILLEGAL:
                 self._exits.accept(vcpu, kind, flags, x0)
             elif not self._enter(vcpu, flags, x0):
                 return nothing_but(ExitCode.ILLEGAL)
@@ -153,7 +158,7 @@ class PhysicalCpu:
                 self._vector.interrupted(vcpu)
             if self._interface.changed:
                 self._vgic.publish(vcpu)
-            return self._exits.results if protected else self._nonprotected.results
+            return self._exits.results if isolated else self._nonprotected.results
         finally:
             self._running = False
 
@@ -190,7 +195,8 @@ class PhysicalCpu:
     def _enter(self, vcpu: Vcpu, flags: int, x0: int) -> bool:
         """Get everything ready for the guest. False if the vCPU cannot run: nothing has changed
         then."""
-        if not vcpu.vm.protected:
+        isolation = self._policy.isolation
+        if isolation is None or not vcpu.vm.isolated:
             return self._enter_nonprotected(vcpu, flags)
         kind = vcpu.words[_EXIT_CLASS]
         if kind == _ILLEGAL:
@@ -199,21 +205,30 @@ class PhysicalCpu:
         if power == _ON:
             self._switch_to(vcpu)
             self._exits.accept(vcpu, kind, flags, x0)
+        elif vcpu.started_by_host:
+            return self._start_primary(vcpu, isolation)
         elif power == Affinity.ON_PENDING:
             self._switch_to(vcpu)
             reset.start_secondary(self._engine, vcpu)
             self._record(VmLife("vcpu_started", vcpu.handle, vcpu.index))
-        elif vcpu.vm.entered:
+        elif vcpu.vm.entered or isolation.primary_at_init:
             return self._cannot_run(vcpu, "power", "it is off: only the guest turns it on")
-        elif not vcpu.vm.firmware_loaded:
-            return self._cannot_run(vcpu, "firmware", "the VM's firmware is not in place")
         else:
-            self._switch_to(vcpu)
-            reset.start_primary(self._engine, vcpu, self._policy)
-            self._record(VmLife("primary", vcpu.handle, vcpu.index))
+            return self._start_primary(vcpu, isolation)
+        return True
+
+    def _start_primary(self, vcpu: Vcpu, isolation: Isolation) -> bool:
+        vm = vcpu.vm
+        if not vm.firmware_loaded and (isolation.needs_firmware or vm.firmware_bytes):
+            return self._cannot_run(vcpu, "firmware", "the VM's firmware is not in place")
+        self._switch_to(vcpu)
+        reset.start_primary(self._engine, vcpu, isolation)
+        self._record(VmLife("primary", vcpu.handle, vcpu.index))
         return True
 
     def _enter_nonprotected(self, vcpu: Vcpu, flags: int) -> bool:
+        if vcpu.exit_class == ExitClass.ILLEGAL:
+            return self._cannot_run(vcpu, "illegal", "its last exit was illegal")
         self._switch_to(vcpu)
         if not self._nonprotected.enter(vcpu, flags):
             return self._cannot_run(vcpu, "pstate", "its PSTATE is not of EL1 or EL0 in AArch64")
@@ -249,7 +264,8 @@ class PhysicalCpu:
         self._vector.select(vcpu)
 
     def _sync(self, vcpu: Vcpu) -> None:
-        """Make a non-protected vCPU's page current; before its first entry it is the host's."""
+        """Make the host's page of a vCPU that is not isolated current; before the first entry it is
+        the host's."""
         if vcpu.started and not vcpu.page_is_current:
             self._switch_to(vcpu)
             self._nonprotected.sync(vcpu)

@@ -20,6 +20,7 @@ from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import SYS64_ISS, SYS64_READ, SYS64_RT_MASK, SYS64_RT_SHIFT
 from pkvm.hyp import inject
 from pkvm.hyp.id_registers import guest_id_registers
+from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
 
 XZR = 31
@@ -72,21 +73,24 @@ class SystemRegisters:
     def __init__(self, engine: CpuEngine) -> None:
         self._engine = engine
         values = guest_id_registers(engine)
-        self._id_values = {register.iss: value for register, value in values.items()}
+        self._id_values = _by_encoding(values)
+        self._id_values_with_ptrauth = _by_encoding(guest_id_registers(engine, ptrauth=True))
         self._raz_wi = {register.iss for register in RAZ_WI}
         self._hardware = {register.iss: register for register in HARDWARE}
         self._host = {register.iss for register in HOST_HANDLED}
         self._reflected = {register.iss for register in REFLECTED}
         self._reflects = bool(values.get(r.ID_AA64MMFR2_EL1, 0) >> _IDS & 0xF)
 
-    def access(self, esr: int) -> Verdict:
-        """Serve the access that trapped with ESR_EL2 `esr` (EC 0x18), if it is EL2's to serve."""
+    def access(self, vcpu: Vcpu, esr: int) -> Verdict:
+        """Serve the vCPU's access that trapped with ESR_EL2 `esr` (EC 0x18), if it is EL2's to
+        serve."""
         key = esr & _KEY_MASK
         is_read = esr & SYS64_READ
         if key & ~(_CRM_MASK | _OP2_MASK) == _ID_SPACE and 0 < key & _CRM_MASK <= _LAST_ID_CRM:
             if not is_read:
                 return Verdict.UNDEFINED
-            return self._read_as(esr, self._id_values.get(key, 0))
+            values = self._id_values_with_ptrauth if vcpu.vm.features else self._id_values
+            return self._read_as(esr, values.get(key, 0))
         if key in self._raz_wi:
             return self._read_as(esr, 0) if is_read else self._skip()
         if key in self._hardware:
@@ -120,3 +124,7 @@ class SystemRegisters:
     def _skip(self) -> Verdict:
         self._engine.pc = (self._engine.pc + 4) & MASK64
         return Verdict.SERVED
+
+
+def _by_encoding(values: dict[r.SysReg, int]) -> dict[int, int]:
+    return {register.iss: value for register, value in values.items()}

@@ -2,7 +2,7 @@
 """What EL2 programs into the CPU before a guest runs: traps, identity, stage-2 (facts §7.3).
 
 CPUs here have neither FEAT_RAS nor FEAT_EVT nor FEAT_MTE, and no guest gets
-SVE, pointer authentication, a PMU or debug hardware.
+SVE, a PMU or debug hardware; pointer authentication those that ask for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ HCR_GUEST = r.hcr(
 """Every guest's; BSU = inner shareable. Not TID2, which upstream sets on CPUs without FEAT_EVT: the
 cache registers and CTR_EL0 are the hardware's in either case (`sysregs.HARDWARE`), and a booting
 Linux reads CTR_EL0 a hundred thousand times."""
+HCR_PTRAUTH = r.hcr("API", "APK")
+"""Pointer authentication and its keys do not trap."""
 HCR_PROTECTED = HCR_GUEST | r.hcr("TERR", "TEA", "TID5")
 
 MDCR_GUEST = r.MDCR.encode(TPMCR=1, TPM=1, TDA=1, TDOSA=1, TDRA=1, TPMS=1)
@@ -34,6 +36,8 @@ CNTHCTL_GUEST = 1
 def hcr_of(vcpu: Vcpu) -> int:
     """HCR_EL2 while `vcpu` runs."""
     base = HCR_PROTECTED if vcpu.vm.protected else HCR_GUEST
+    if vcpu.vm.features:
+        base |= HCR_PTRAUTH
     return base | vcpu.wait_traps
 
 

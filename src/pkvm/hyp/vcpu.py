@@ -40,11 +40,11 @@ class Vcpu(Area):
     exit_class = Word(0x3C18)
     """`exits.ExitClass` of the last exit: what the host's answer may be about."""
     exit_esr = Word(0x3C20)
-    """The last exit's whole ESR_EL2."""
+    """The last exit's whole ESR_EL2, if the host sees everything."""
     exit_far = Word(0x3C28)
-    """The last exit's whole FAR_EL2."""
+    """The last exit's whole FAR_EL2, likewise."""
     exit_function = Word(0x3C30)
-    """SMCCC function id of an exit for a PSCI call."""
+    """SMCCC function id of an exit for a call."""
     page_is_current = Word(0x3C38)
     """Non-protected: 1 while the host's page holds the whole state of the vCPU."""
     power = Word(0x3C40)
@@ -69,6 +69,10 @@ class Vcpu(Area):
     """ICH_AP0R0_EL2."""
     vgic_ap1r = Word(0x3C90)
     """ICH_AP1R0_EL2."""
+    exit_hpfar = Word(0x3C98)
+    """The last exit's HPFAR_EL2, if the host sees everything."""
+    started_by_host = Word(0x3CA0)
+    """1 if ON_PENDING is for the host's wish at INIT_VCPU, not for a CPU_ON."""
 
     def __init__(
         self, memory: PhysicalMemory, vm: Vm, index: int, vcpu_id: int, area_pa: int, host_pa: int

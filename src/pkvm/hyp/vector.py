@@ -62,12 +62,24 @@ class Vector:
             },
         )
         self._open = _table(self._to_host, {EC.SYS64: self._sys64_open})
+        self._exposed = _table(
+            self._to_host,
+            {
+                EC.HVC64: self._hvc_exposed,
+                EC.SYS64: self._sys64_exposed,
+                EC.SVE: self._undefined_exposed,
+                EC.PAUTH: self._undefined_exposed,
+            },
+        )
 
     def select(self, vcpu: Vcpu) -> None:
         """The exceptions to come are `vcpu`'s."""
         engine = self._engine
+        if vcpu.vm.isolated:
+            engine.vector = self._make_isolating_vector(vcpu)
+            return
         if vcpu.vm.protected:
-            engine.vector = self._make_protected_vector(vcpu)
+            engine.vector = self._make_exposing_vector(vcpu)
             return
         handlers = self._open
 
@@ -77,11 +89,24 @@ class Vector:
 
         engine.vector = vector
 
-    def _make_protected_vector(self, vcpu: Vcpu) -> Callable[[], bool]:
-        """The vector while the protected `vcpu` is on the CPU. Hypercalls and accesses to devices
-        are what guests pay for most: they are served right here, with everything at hand, and a
-        hypercall's event is made as a tuple is, since `GuestHypercall(...)` is one more Python
-        call."""
+    def _make_exposing_vector(self, vcpu: Vcpu) -> Callable[[], bool]:
+        """The vector while the protected `vcpu`, whose registers are the host's to see, is on the
+        CPU."""
+        engine, handlers = self._engine, self._exposed
+
+        def vector() -> bool:
+            if self._is_aarch32():
+                return self._drop(vcpu, _AARCH32)
+            esr = engine.esr_el2
+            return handlers[esr >> EC_SHIFT](vcpu, esr)
+
+        return vector
+
+    def _make_isolating_vector(self, vcpu: Vcpu) -> Callable[[], bool]:
+        """The vector while `vcpu`, whose registers EL2 keeps, is on the CPU. Hypercalls and
+        accesses to devices are what guests pay for most: they are served right here, with
+        everything at hand, and a hypercall's event is made as a tuple is, since
+        `GuestHypercall(...)` is one more Python call."""
         syndrome, x = self._engine.syndrome, self._engine.x
         handlers = self._protected
         find, record = self._calls.services.get, self._record
@@ -110,14 +135,14 @@ class Vector:
 
     def interrupted(self, vcpu: Vcpu) -> None:
         """The engine came back for an interrupt, or its slice was over."""
-        if not vcpu.vm.protected:
-            self._nonprotected.exit_irq(vcpu)
-        elif self._is_aarch32():
+        if vcpu.vm.protected and self._is_aarch32():
             self._drop(vcpu, _AARCH32)
+        elif not vcpu.vm.isolated:
+            self._nonprotected.exit_irq(vcpu)
         else:
             self._exits.publish_nothing(vcpu, ExitClass.IRQ)
 
-    # Protected
+    # Isolated
 
     def _smc(self, vcpu: Vcpu, esr: int) -> bool:
         """Nothing below EL2 may call EL3; the PC is still at the SMC."""
@@ -130,7 +155,7 @@ class Vector:
         return True
 
     def _sys64(self, vcpu: Vcpu, esr: int) -> bool:
-        verdict = self._sysregs.access(esr)
+        verdict = self._sysregs.access(vcpu, esr)
         if verdict is Verdict.HOST:
             read = esr & SYS64_READ
             return self._exit(vcpu, ExitClass.SYSREG_READ if read else ExitClass.SYSREG_WRITE, esr)
@@ -150,9 +175,7 @@ class Vector:
         EC 0 (unknown reason)."""
         if self._is_aarch32():
             return self._drop(vcpu, _AARCH32)
-        inject.undefined(self._engine)
-        self._record(GuestTrap(vcpu.handle, vcpu.index, "undef", esr))
-        return True
+        return self._undefined_exposed(vcpu, esr)
 
     def _unhandled(self, vcpu: Vcpu, esr: int) -> bool:
         if self._is_aarch32():
@@ -168,12 +191,46 @@ class Vector:
 
     def _drop(self, vcpu: Vcpu, why: str) -> bool:
         """The vCPU never runs again."""
-        self._exits.publish_nothing(vcpu, ExitClass.ILLEGAL)
+        if vcpu.vm.isolated:
+            self._exits.publish_nothing(vcpu, ExitClass.ILLEGAL)
+        else:
+            self._nonprotected.exit_illegal(vcpu)
         self._record(Refusal("vcpu_run", "exit_class", 0, why, vcpu.handle))
         return False
 
     def _is_aarch32(self) -> bool:
         return not self._engine.exit_state()[1]
+
+    # Protected, but not isolated
+
+    def _hvc_exposed(self, vcpu: Vcpu, esr: int) -> bool:
+        """EL2 serves what is about memory, the host everything else."""
+        engine = self._engine
+        x0, x1, x2, x3 = engine.args()
+        service = self._calls.services.get(x0 & FUNCTION_MASK)
+        if service is None:
+            return self._to_host(vcpu, esr)
+        results = service(vcpu, x1, x2, x3)
+        if results is None:
+            return False
+        engine.set_results(*results)
+        self._record(GuestHypercall(vcpu.handle, vcpu.index, x0 & FUNCTION_MASK, results[0]))
+        return True
+
+    def _sys64_exposed(self, vcpu: Vcpu, esr: int) -> bool:
+        """As of an isolated one; but the host sees whose register it is."""
+        verdict = self._sysregs.access(vcpu, esr)
+        if verdict is Verdict.HOST:
+            return self._to_host(vcpu, esr)
+        if verdict is Verdict.UNDEFINED:
+            inject.undefined(self._engine)
+        self._record(GuestTrap(vcpu.handle, vcpu.index, verdict.value, esr))
+        return True
+
+    def _undefined_exposed(self, vcpu: Vcpu, esr: int) -> bool:
+        inject.undefined(self._engine)
+        self._record(GuestTrap(vcpu.handle, vcpu.index, "undef", esr))
+        return True
 
     # Non-protected
 
@@ -183,7 +240,7 @@ class Vector:
 
     def _sys64_open(self, vcpu: Vcpu, esr: int) -> bool:
         """EL2 serves what it would for a protected guest, so that both see the same CPU."""
-        verdict = self._sysregs.access(esr)
+        verdict = self._sysregs.access(vcpu, esr)
         if verdict is not Verdict.SERVED:
             return self._to_host(vcpu, esr)
         self._record(GuestTrap(vcpu.handle, vcpu.index, verdict.value, esr))

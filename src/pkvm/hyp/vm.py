@@ -30,6 +30,10 @@ class Vm(Area):
     """Where the guest firmware goes (IPA range); no bytes: nowhere."""
     firmware_loaded = Word(0x28)
     """1 once the firmware is there."""
+    mmio_guard = Word(0x30)
+    """1 once the VM has the MMIO guard: devices are only where the guest says."""
+    features = Word(0x38)
+    """Features of all its vCPUs (`id_registers.GUEST_FEATURES`), once one is made."""
 
     def __init__(
         self,
@@ -37,6 +41,7 @@ class Vm(Area):
         *,
         handle: int,
         protected: bool,
+        isolated: bool,
         created_vcpus: int,
         area_pa: int,
         host_pa: int,
@@ -46,6 +51,8 @@ class Vm(Area):
         super().__init__(memory, area_pa, VM_AREA_BYTES)
         self.handle = handle
         self.protected = protected
+        self.isolated = isolated
+        """Protected, and EL2 keeps the vCPUs' registers (`policy.Isolation`)."""
         self.host_pa = host_pa
         self.stage2 = stage2
         self.memcache = memcache
