@@ -257,3 +257,16 @@ def test_registers_that_do_not_exist_read_as_zero(offset: int, value: int) -> No
     uart = Pl011(lambda _: None)
     uart.write(offset & ~3, 4, value)
     assert uart.read(offset & ~3, 4) == 0
+
+
+def test_held_input_arrives_once_the_guest_has_opened_the_port() -> None:
+    given, line = Input(b"typed ahead"), Wire()
+    uart = Pl011(lambda _: None, given.take, line, hold_input=True)
+    uart.write(pl011.LCR_H, 4, pl011.LCR_H_FEN)
+    uart.arrived()
+    uart.write(pl011.IMSC, 4, pl011.INT_RX | pl011.INT_RT)
+    assert uart.read(pl011.FR, 4) & pl011.FR_RXFE
+    assert uart.read(pl011.DR, 4) == 0
+    uart.write(pl011.LCR_H, 4, pl011.LCR_H_FEN)
+    assert line.level
+    assert bytes(uart.read(pl011.DR, 4) for _ in range(11)) == b"typed ahead"

@@ -46,19 +46,24 @@ class Pl011(PrimeCell):
     """The device: `sink` gets each byte that the guest sends as it sends it, and `line` the
     interrupt. `source` has the input: called with the number of characters that there is room
     for, it returns as many or fewer, b"" if it has none. Whoever has new input calls `arrived`;
-    without a line, `source` is also asked whenever the guest looks and none is left."""
+    without a line, `source` is also asked whenever the guest looks and none is left. With
+    `hold_input` nothing arrives before the guest sets the line up (LCR_H) with a receive interrupt
+    unmasked: what reaches Linux earlier, while it opens the port, it forgets."""
 
     def __init__(
         self,
         sink: Callable[[bytes], object],
         source: Callable[[int], bytes] | None = None,
         line: Line | None = None,
+        *,
+        hold_input: bool = False,
     ) -> None:
         super().__init__((0x11, 0x10, 0x34, 0x00))
         self._sink = sink
         self._source = source
         self._polled = line is None and source is not None
         self._line = NoLine() if line is None else line
+        self._held_back = hold_input
         self._lock = threading.Lock()
         """Covers the FIFO and what the line was told: `arrived` comes from any thread."""
         self._fifo: deque[int] = deque()
@@ -106,7 +111,10 @@ class Pl011(PrimeCell):
             self._redrive()
         elif offset in _WRITABLE:
             self._held[offset] = value & _WRITABLE[offset]
-            if offset in (IMSC, IFLS, LCR_H):
+            if offset == LCR_H and self._held_back and self._held[IMSC] & (INT_RX | INT_RT):
+                self._held_back = False
+                self.arrived()
+            elif offset in (IMSC, IFLS, LCR_H):
                 self._redrive()
 
     def _receive(self) -> int:
@@ -120,6 +128,8 @@ class Pl011(PrimeCell):
             return character
 
     def _fill(self) -> None:
+        if self._held_back:
+            return
         room = self._depth() - len(self._fifo)
         if self._source is not None and room > 0:
             self._fifo.extend(self._source(room))

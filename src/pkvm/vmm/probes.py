@@ -128,7 +128,8 @@ class Probes:
 
     `attempt` is an observer for `Vmm`. The pages are those that hold the image (of a long segment
     `SEGMENT_PAGES` of them, drawn with `seed`), the firmware, the device tree and shared memory,
-    and `SAMPLE_PAGES` more over all slots, drawn likewise; or `everything`. When the guest takes memory back, it is that memory only.
+    and `SAMPLE_PAGES` more over all slots, drawn likewise; or `everything`. When the guest takes
+    memory back, it is that memory only.
 
     A guest may share memory that it announces to nobody, as Linux does for its devices: `account`
     gives the IPAs of the pages that are shared now, for those who can know.

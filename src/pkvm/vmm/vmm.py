@@ -145,7 +145,8 @@ class Vmm:
         with self._stack:
             self._build_memory(firmware)
             self.gic = self._make_gic()
-            self.uart = Pl011(console, source, self.line(board.UART_SPI) if self.gic else None)
+            line = self.line(board.UART_SPI) if self.gic else None
+            self.uart = Pl011(console, source, line, hold_input=image.page_bytes != 0)
             self.devices[board.UART_BASE >> PAGE_SHIFT] = self.uart
             if self.gic is not None:
                 self._add_clock(wall_clock)
