@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fakes.host_fakes import PAGE, FakeVcpu, Guest
 from fakes.host_machine import Machine, dabt
 from pkvm.arm64.esr import EC, EC_SHIFT, IL, SYS64_READ, WFX_TI_WFE
@@ -21,6 +19,13 @@ OPEN_VMCR = VMCR.encode(VENG0=1, VENG1=1, VPMR=0xF8)
 Group = uapi.VgicGroup
 
 
+def create_device(machine: Machine, kind: int = uapi.DeviceType.ARM_VGIC_V3, flags: int = 0) -> int:
+    """KVM_CREATE_DEVICE; the descriptor."""
+    argument = bytearray(uapi.CREATE_DEVICE.pack(kind, 0, flags))
+    machine.rig.kernel.ioctl(machine.vm, uapi.Ioctl.CREATE_DEVICE, argument)
+    return int(uapi.CREATE_DEVICE.unpack(argument)[1])
+
+
 class GicMachine(Machine):
     """`Machine`, its GIC made and, unless told otherwise, initialised."""
 
@@ -34,17 +39,12 @@ class GicMachine(Machine):
         nr_irqs: int = 128,
     ) -> None:
         super().__init__(*guests, protected=protected, off=off, virtual=virtual)
-        self.device = self.create_device()
+        self.device = create_device(self)
         if start:
             self.attr(Group.ADDR, uapi.VgicAddr.DIST, GICD)
             self.attr(Group.ADDR, uapi.VgicAddr.REDIST, GICR)
             self.attr(Group.NR_IRQS, 0, nr_irqs)
             self.attr(Group.CTRL, uapi.VgicCtrl.INIT)
-
-    def create_device(self, kind: int = uapi.DeviceType.ARM_VGIC_V3, flags: int = 0) -> int:
-        argument = bytearray(uapi.CREATE_DEVICE.pack(kind, 0, flags))
-        self.rig.kernel.ioctl(self.vm, uapi.Ioctl.CREATE_DEVICE, argument)
-        return int(uapi.CREATE_DEVICE.unpack(argument)[1])
 
     def _attr(self, request: int, group: int, attr: int, value: int) -> int:
         memory = self.rig.kernel.mmap(PAGE)
@@ -110,9 +110,10 @@ def wfi(vcpu: FakeVcpu, *, wfe: bool = False) -> int:
     return vcpu.publish(esr=EC.WFX << EC_SHIFT | IL | (WFX_TI_WFE if wfe else 0))
 
 
+def hvc(vcpu: FakeVcpu, function: int, x1: int = 0) -> int:
+    return vcpu.publish(esr=EC.HVC64 << EC_SHIFT | IL, x0=function, x1=x1)
+
+
 def off(vcpu: FakeVcpu) -> int:
     """SYSTEM_OFF: KVM_RUN returns."""
-    return vcpu.publish(esr=EC.HVC64 << EC_SHIFT | IL, x0=0x8400_0008)
-
-
-Step = Callable[[FakeVcpu], int]
+    return hvc(vcpu, 0x8400_0008)

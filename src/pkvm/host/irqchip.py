@@ -32,7 +32,7 @@ from pkvm.uapi.kvm import (
     IrqType,
 )
 
-_U32_MASK = (1 << 32) - 1
+_IRQFD_FLAGS = int(IrqfdFlag.DEASSIGN | IrqfdFlag.RESAMPLE)
 
 
 def list_registers(host: Host) -> int:
@@ -161,7 +161,7 @@ def _irqfd(vm: Vm, argument: Argument) -> int:
     initialised, EBADF, EINVAL for a descriptor that is no eventfd, EBUSY if it is bound.
     """
     fd, gsi, flags, resample_fd = IRQFD.unpack(argument.read(IRQFD.size))
-    if flags & ~(IrqfdFlag.DEASSIGN | IrqfdFlag.RESAMPLE):
+    if flags & ~_IRQFD_FLAGS:
         raise OSError(errno.EINVAL, f"flags {flags:#x}")
     irqfds = vm.host.irqfds
     if flags & IrqfdFlag.DEASSIGN:

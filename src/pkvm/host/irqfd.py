@@ -21,6 +21,7 @@ from pkvm.host.lock import KernelLock
 
 AVAILABLE = hasattr(os, "eventfd")
 _COUNTER_BYTES = 8
+_INT_MAX = (1 << 31) - 1
 
 
 class Binding(NamedTuple):
@@ -149,6 +150,8 @@ def signal(fd: int) -> None:
 def identity(fd: int) -> int:
     """A number that all descriptors of one eventfd have in common. Raises EBADF for a descriptor
     that is not open, EINVAL if it is no eventfd."""
+    if fd > _INT_MAX:
+        raise OSError(errno.EBADF, "no descriptor has such a number")
     os.fstat(fd)
     if not AVAILABLE:
         raise OSError(errno.EINVAL, "this system has no eventfds")
