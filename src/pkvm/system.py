@@ -9,6 +9,8 @@ from the host and closes the door behind it; the host's KVM.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, TypedDict, Unpack
 
@@ -20,6 +22,7 @@ from pkvm.host.firmware_node import FirmwareRegion, guest_firmware
 from pkvm.host.kernel import HostKernel
 from pkvm.hyp.hypervisor import Hypervisor
 from pkvm.hyp.mem_protect import carveout_bytes
+from pkvm.hyp.policy import POLICIES
 from pkvm.kvm import Kvm
 from pkvm.kvm.kernel import Kernel
 from pkvm.machine.dump import dump_stage2
@@ -27,6 +30,7 @@ from pkvm.machine.machine import DMA_BASE, RAM_BASE, Machine
 from pkvm.machine.memory import BusError
 from pkvm.machine.stage2 import Stage2Context, Stage2Fault
 from pkvm.trace.counting import CountingRecorder
+from pkvm.uapi.dialects import DEFAULT, DIALECTS, Firmware
 
 ClockName = Literal["real", "virtual"]
 
@@ -42,7 +46,10 @@ class System:
     host's boot firmware leaves in memory; None is the built-in one, b"" is none. `host_dtb` is
     the host's device tree; None is one made for this machine. `clock` is "real", or "virtual":
     time is counted in guest code and a run repeats exactly. `misalign` makes host memory that no
-    2 MiB block can map. Raises ValueError for a memory that is too small, FirmwareImageError,
+    2 MiB block can map. `dialect` is what protected KVM the host and EL2 speak: "rfc", "android"
+    or "upstream" (`uapi.dialects`); the last one has no guest firmware, whatever `firmware` is.
+    `memlock` is the VMM's RLIMIT_MEMLOCK in bytes; None is unlimited. Raises ValueError for a
+    memory that is too small and a dialect that there is not, FirmwareImageError,
     MemoryError, and EngineError if the CPU engine cannot work here.
     """
 
@@ -57,8 +64,15 @@ class System:
         cpu_model: str = "cortex-a72",
         recorder: Recorder | None = None,
         misalign: bool = False,
+        dialect: str = DEFAULT,
+        memlock: int | None = None,
     ) -> None:
+        if dialect not in DIALECTS:
+            raise ValueError(f"there is no dialect {dialect!r}; there are {', '.join(DIALECTS)}")
+        self.dialect = DIALECTS[dialect]
         image = firmware_image.builtin() if firmware is None else firmware
+        if self.dialect.firmware is Firmware.NONE:
+            image = b""
         if image:
             firmware_image.check(image)
         memory = -(-memory // (2 << 20)) * (2 << 20)
@@ -79,7 +93,9 @@ class System:
             host_dtb = host_device_tree(
                 (RAM_BASE, memory), node, (carveout_base, carveout) if protected else None
             )
-        region = guest_firmware(host_dtb, protected, self._say)
+        region = None
+        if self.dialect.firmware is not Firmware.NONE:
+            region = guest_firmware(host_dtb, protected, self._say)
         if region is not None:
             region = self._place_firmware(image, region, carveout_base)
         self.hyp = Hypervisor(
@@ -88,6 +104,7 @@ class System:
             carveout=(carveout_base, carveout),
             firmware=region,
             protected=protected,
+            policy=POLICIES[dialect],
         )
         self.hyp.initialise()
         counted = clock == "virtual"
@@ -105,6 +122,9 @@ class System:
             firmware=region,
             misalign=misalign,
             alarms=self.machine.alarms,
+            dialect=self.dialect,
+            memlock=memlock,
+            entropy=_repeated_bytes() if counted else os.urandom,
         )
         self.machine.on_interrupt = self.host.interrupt
         self.kernel: Kernel = self.host
@@ -188,6 +208,8 @@ class Options(TypedDict, total=False):
     cpu_model: str
     recorder: Recorder | None
     misalign: bool
+    dialect: str
+    memlock: int | None
 
 
 def open(backend: str = "model", **options: Unpack[Options]) -> Kvm:
@@ -200,6 +222,14 @@ def open(backend: str = "model", **options: Unpack[Options]) -> Kvm:
         raise ValueError(f'there is no back-end {backend!r}; use the built-in machine, "model"')
     system = System(**options)
     return Kvm(system.kernel, on_close=system.close)
+
+
+def _repeated_bytes() -> Callable[[int], bytes]:
+    """Random bytes that are the same in every run."""
+    # Imported here: only a run that is to repeat needs it.
+    import random
+
+    return random.Random(0).randbytes
 
 
 def _without(region: FirmwareRegion | None, ram: tuple[int, int]) -> list[tuple[int, int]]:

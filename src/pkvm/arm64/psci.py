@@ -7,7 +7,11 @@ from enum import IntEnum
 
 from pkvm.arm64.bits import MASK64
 
+VERSION_0_2 = 0x0_0002
+VERSION_1_0 = 0x1_0000
 VERSION_1_1 = 0x1_0001
+VERSION_1_2 = 0x1_0002
+VERSION_1_3 = 0x1_0003
 
 
 class Function(IntEnum):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pkvm
 from pkvm.cli import options, status, terminal
-from pkvm.cli.report import DIALECT
 from pkvm.trace.counting import CountingRecorder
-from pkvm.uapi.kvm import Cap
+from pkvm.uapi.dialects import ROWS, Creation
+from pkvm.uapi.kvm import TYPE_PROTECTED, Cap
 from pkvm.vmm.board import DEFAULT_RAM_BYTES
 
 if TYPE_CHECKING:
@@ -43,15 +43,20 @@ def _facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
     from pkvm.machine.cpu.unicorn_layout import LAYOUT
     from pkvm.machine.machine import IPA_BITS, RAM_BASE
 
-    with system.open() as kvm, kvm.create_vm() as vm:
-        protected = bool(kvm.check_extension(Cap.ARM_PROTECTED_VM))
+    dialect = system.dialect
+    protected = system.protected
+    kind = TYPE_PROTECTED if protected and dialect.creation is Creation.TYPE_BIT else 0
+    with system.open() as kvm, kvm.create_vm(kind) as vm:
         capabilities = {cap.name: kvm.check_extension(cap) for cap in Cap}
-        firmware_size = vm.protected_vm_info().firmware_size if protected else 0
+        filtered = [cap.name for cap in Cap if kvm.check_extension(cap) != vm.check_extension(cap)]
+        firmware_size = 0
+        if protected and dialect.capability is not None:
+            firmware_size = vm.protected_vm_info(cap=dialect.capability).firmware_size
         api_version = kvm.api_version()
     return {
         "version": pkvm.__version__,
         "backend": args.backend,
-        "dialect": DIALECT,
+        "dialect": args.dialect,
         "protected_mode": protected,
         "api_version": api_version,
         "firmware_size": firmware_size,
@@ -63,20 +68,23 @@ def _facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
         "engine": "Unicorn " + ".".join(str(part) for part in LAYOUT.version),
         "clock": args.clock,
         "capabilities": capabilities,
-        "hypercalls": _hypercalls() if protected else [],
+        "not_for_protected": filtered,
+        "hypercalls": _hypercalls(dialect.name) if protected else [],
+        "rules": {row.topic: row.answer(dialect) for row in ROWS},
     }
 
 
-def _hypercalls() -> list[str]:
+def _hypercalls(dialect: str) -> list[str]:
     """What EL2 serves a protected guest."""
     from pkvm.arm64.smccc import Function, function_name
     from pkvm.hyp import policy, psci
 
-    functions = {Function.SMCCC_VERSION, Function.SMCCC_ARCH_FEATURES, Function.VENDOR_UID}
-    return [
-        function_name(function)
-        for function in sorted(functions | policy.RFC.vendor_calls | psci.FEATURES)
-    ]
+    spoken = policy.POLICIES[dialect]
+    functions: set[int] = {*spoken.vendor_calls}
+    if spoken.isolation is not None:
+        functions |= {Function.SMCCC_VERSION, Function.SMCCC_ARCH_FEATURES, Function.VENDOR_UID}
+        functions |= psci.FEATURES
+    return [function_name(function) for function in sorted(functions)]
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -97,7 +105,11 @@ def _text(facts: dict[str, Any]) -> str:
         ("CPU", f"{facts['cpu_model']} on {facts['engine']}, clock {facts['clock']}"),
         ("capabilities", ", ".join(offered)),
         ("not offered", ", ".join(missing)),
+        ("not protected", ", ".join(facts["not_for_protected"]) or "the same"),
         ("hypercalls", ", ".join(facts["hypercalls"]) or "none"),
         *(("message", message) for message in facts["messages"]),
     ]
-    return "\n".join(f"{name + ':':<16}{value}" for name, value in rows)
+    lines = [f"{name + ':':<16}{value}" for name, value in rows]
+    lines += ["", f"In the dialect {facts['dialect']}:"]
+    lines += [f"  {topic}: {answer}" for topic, answer in facts["rules"].items()]
+    return "\n".join(lines)

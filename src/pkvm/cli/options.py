@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pkvm.firmware import image as firmware_image
+from pkvm.uapi.dialects import DEFAULT, DIALECTS
 from pkvm.vmm.board import FIRMWARE_BYTES
 from pkvm.vmm.errors import LoadError
 
@@ -62,7 +63,24 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--backend", type=backend, default="model", metavar="NAME", help="model (the only one yet)"
     )
     group.add_argument(
-        "--firmware", metavar="FILE", help="guest firmware of the host, a flat binary of up to 2M"
+        "--dialect",
+        choices=tuple(DIALECTS),
+        default=DEFAULT,
+        help="what protected KVM the host speaks: the mail of 2021, Android's or Linux's own "
+        f"(default {DEFAULT})",
+    )
+    group.add_argument(
+        "--memlock",
+        type=size,
+        metavar="SIZE",
+        help="RLIMIT_MEMLOCK of the VMM, for which a protected guest's pages count in the dialects "
+        "android and upstream (default: unlimited)",
+    )
+    group.add_argument(
+        "--firmware",
+        metavar="FILE",
+        help="guest firmware of the host, a flat binary of up to 2M; in the dialect android a "
+        "guest starts in firmware only if it is named here, and upstream has none",
     )
     group.add_argument(
         "--host-dtb", metavar="FILE", help="device tree that the host's boot firmware hands over"
@@ -131,6 +149,8 @@ def make_system(
             cpu_model=args.cpu_model,
             clock=args.clock,
             recorder=recorder,
+            dialect=args.dialect,
+            memlock=args.memlock,
             **options,
         )
     except ValueError as error:

@@ -10,6 +10,7 @@ from pkvm.arm64.smccc import function_name
 from pkvm.cli import status
 from pkvm.events import GuestExit, GuestHypercall, GuestTrap
 from pkvm.trace.counting import CountingRecorder
+from pkvm.uapi.dialects import DEFAULT
 from pkvm.vmm.faults import Faults
 from pkvm.vmm.probes import KINDS, Probes
 from pkvm.vmm.vmm import Outcome, Vmm
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from pkvm.check.census import Census
     from pkvm.cli.devices import Traffic
 
-DIALECT = "rfc"
 MAX_REFUSALS = 12
 """Kinds of refusals that the text shows."""
 
@@ -44,6 +44,8 @@ class Result(NamedTuple):
     """Of the virtio devices, in the last life."""
     faults: Faults | None = None
     """Of the virtio devices."""
+    dialect: str = DEFAULT
+    """What protected KVM the host speaks."""
 
     @property
     def status(self) -> int:
@@ -73,7 +75,7 @@ def as_json(result: Result) -> str:
     whole = {
         "outcome": result.outcome.kind,
         "detail": result.outcome.detail,
-        "dialect": DIALECT,
+        "dialect": result.dialect,
         "protected": result.vmm.protected,
         "console": result.console,
         "pages": pages.get("end", {}),
@@ -127,7 +129,7 @@ def as_text(result: Result, paint: Paint) -> str:
         "",
         f"{paint('How it ended', 'title')}: "
         + paint(result.outcome.detail, "good" if good else "bad")
-        + f" after {result.seconds:.2f} s ({kind}, dialect {DIALECT})",
+        + f" after {result.seconds:.2f} s ({kind}, dialect {result.dialect})",
         "",
         *_page_lines(result.pages, paint),
         "",

@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
                 wanted.image,
                 initrd=wanted.initrd,
                 protected=not args.unprotected,
-                firmware=firmware if args.unprotected else None,
+                firmware=firmware if args.unprotected or args.firmware else None,
                 console=console,
                 source=person.take if hvc is None else None,
                 plug=virtio.plug,
@@ -135,6 +135,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         lives.restarts,
         virtio.traffic(),
         virtio.faults,
+        args.dialect,
     )
     paint = terminal.painter(sys.stdout)
     terminal.write_line(as_json(result) if args.json else as_text(result, paint))

@@ -15,7 +15,7 @@ from pkvm.arm64 import esr as syndrome
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S1PTW, WNR
 from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE
-from pkvm.host import faults, guest_calls, sysregs
+from pkvm.host import donation, faults, guest_calls, sysregs
 from pkvm.host.host import IPA_BITS
 from pkvm.host.memslots import Access
 from pkvm.host.vcpu import SCTLR_OFFSET, PendingMmio, Vcpu
@@ -88,7 +88,7 @@ def complete_mmio(vcpu: Vcpu, mmio: PendingMmio) -> None:
     if not is_write:
         answer = vcpu.run[_MMIO_DATA : _MMIO_DATA + size]
         data = int.from_bytes(answer, "big" if big_endian else "little")
-        if vcpu.vm.protected:
+        if vcpu.vm.isolated:
             vcpu.x0 = data
         else:
             _load_register(vcpu, size, esr, data)
@@ -108,9 +108,19 @@ def _load_register(vcpu: Vcpu, size: int, esr: int, data: int) -> None:
 
 
 def _hyp_request(vcpu: Vcpu, results: Results) -> bool:
-    """EL2 needs table pages before it can go on with the guest's call."""
-    if results[RunResult.REQ_TYPE] == HypRequest.MEMCACHE:
-        vcpu.vm.topup(results[RunResult.REQ_PAGES])
+    """EL2 needs table pages, or a page of the guest's, before it can go on with the guest's call.
+    Raises OSError: EFAULT for a page where the VM has no memory."""
+    kind, vm = results[RunResult.REQ_TYPE], vcpu.vm
+    if kind == HypRequest.MEMCACHE:
+        vm.topup(results[RunResult.REQ_PAGES])
+    elif kind == HypRequest.MAP:
+        ipa = results[RunResult.REQ_IPA]
+        slot = vm.slots.at(ipa)
+        if slot is None:
+            raise OSError(
+                errno.EFAULT, f"the guest shares IPA {ipa:#x}, where the VM has no memory"
+            )
+        donation.touch(vm, slot, ipa)
     return False
 
 
@@ -122,7 +132,7 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     if access is None:
         return False
     ipa, size, is_write, mask = access
-    if not vm.protected:
+    if not vm.isolated:
         x0, sctlr = _registers(vcpu, esr)
     big_endian = sctlr != 0 and _is_big_endian(pstate, sctlr)
     data = 0
@@ -144,8 +154,11 @@ def _device_access(vcpu: Vcpu, results: Results) -> Access | None:
     slot = vm.slots.at(ipa)
     if slot is not None:
         if vm.protected:
-            # It has all memory of its slots from the start: nothing can be done.
-            vcpu.tell(_PENDING_EXCEPTION)
+            if vm.touch_pages:
+                donation.touch(vm, slot, ipa)
+            else:
+                # It has all memory of its slots from the start: nothing can be done.
+                vcpu.tell(_PENDING_EXCEPTION)
             return None
         if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
             faults.share(vm, slot, ipa)
@@ -171,14 +184,14 @@ def _gic_access(vcpu: Vcpu, results: Results, access: Access) -> bool:
         return False
     frame, offset = found
     esr, data, sctlr = results[_ESR], results[RunResult.X0], results[RunResult.SCTLR_EE]
-    if not vcpu.vm.protected:
+    if not vcpu.vm.isolated:
         data, sctlr = _registers(vcpu, esr)
     data = data & mask if is_write else frame.read(offset, size)
     if _is_big_endian(results[RunResult.PSTATE], sctlr):
         data = int.from_bytes(data.to_bytes(size, "big"), "little")
     if is_write:
         frame.write(offset, size, data)
-    elif vcpu.vm.protected:
+    elif vcpu.vm.isolated:
         vcpu.x0 = data
     else:
         _load_register(vcpu, size, esr, data)
@@ -212,9 +225,7 @@ def _wfx(vcpu: Vcpu, results: Results) -> bool:
 
 def _hvc(vcpu: Vcpu, results: Results) -> bool:
     """The preferred return address of HVC is the next instruction already."""
-    return (
-        guest_calls.protected_call(vcpu, results) if vcpu.vm.protected else guest_calls.call(vcpu)
-    )
+    return guest_calls.protected_call(vcpu, results) if vcpu.vm.isolated else guest_calls.call(vcpu)
 
 
 def _smc(vcpu: Vcpu, results: Results) -> bool:

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from pkvm.host import irqchip, protected, regs
+from pkvm.host import firmware_address, irqchip, protected, regs
 from pkvm.host.argument import Argument, Handler
 from pkvm.host.dma import CopyDriver
 from pkvm.host.host import IPA_BITS, Host
@@ -20,6 +20,7 @@ from pkvm.host.run import kvm_run
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import MAX_VCPUS
+from pkvm.uapi.dialects import Firmware
 from pkvm.uapi.kvm import (
     API_VERSION,
     ENABLE_CAP,
@@ -28,6 +29,7 @@ from pkvm.uapi.kvm import (
     MP_STATE,
     ONE_REG,
     TARGET_GENERIC_V8,
+    TYPE_PROTECTED,
     VCPU_INIT,
     VCPU_MMAP_SIZE,
     Cap,
@@ -81,18 +83,28 @@ class KvmFile:
         return API_VERSION
 
     def _create_vm(self, argument: Argument) -> int:
-        """KVM_CREATE_VM (KVM API 4.2). The type is an IPA size in bits, 0 for 40; a host in
-        protected mode ignores it. Raises EINVAL for any other type, ENOMEM beyond 255 VMs."""
+        """KVM_CREATE_VM (KVM API 4.2). The type is an IPA size in bits, 0 for 40, which a host in
+        protected mode ignores; and where the dialect has it bit 31 for a protected VM. Raises
+        EINVAL for any other type, ENOMEM beyond 255 VMs."""
         kind = argument.number
-        if kind & ~_IPA_SIZE_MASK:
+        host = self._host
+        dialect = host.dialect
+        if kind & ~dialect.type_mask:
             raise OSError(
                 errno.EINVAL,
-                f"machine type {kind:#x}: a VM becomes protected by "
-                "KVM_ENABLE_CAP(KVM_CAP_ARM_PROTECTED_VM)",
+                f"machine type {kind:#x}: in dialect {dialect.name} a VM becomes protected by "
+                f"{dialect.creation.value}",
             )
-        if kind and not self._host.protected_mode and not _MIN_IPA_BITS <= kind <= IPA_BITS:
+        protected = bool(kind & TYPE_PROTECTED)
+        if protected and not host.protected_mode:
+            raise OSError(errno.EINVAL, "the host is not in protected mode: no VM can be protected")
+        kind &= _IPA_SIZE_MASK
+        if kind and not host.protected_mode and not _MIN_IPA_BITS <= kind <= IPA_BITS:
             raise OSError(errno.EINVAL, f"an IPA space has 32 to {IPA_BITS} bits, not {kind}")
-        vm = Vm(self._host)
+        vm = Vm(host, protected=protected)
+        if protected and dialect.taints and not host.tainted:
+            host.tainted = True
+            host.say("protected VMs are experimental: the kernel is tainted (TAINT_USER)")
         try:
             return self._install(VmFile(vm, self._install))
         except OSError:
@@ -112,7 +124,7 @@ class VmFile:
         self.vm = vm
         self._install = install
         self._requests: Mapping[int, Handler] = {
-            Ioctl.CHECK_EXTENSION: lambda argument: check_extension(vm.host, argument.number),
+            Ioctl.CHECK_EXTENSION: self._check_extension,
             Ioctl.CREATE_VCPU: self._create_vcpu,
             Ioctl.SET_USER_MEMORY_REGION: self._set_user_memory_region,
             Ioctl.ENABLE_CAP: self._enable_cap,
@@ -144,14 +156,25 @@ class VmFile:
         return 0
 
     def _enable_cap(self, argument: Argument) -> int:
-        """KVM_ENABLE_CAP (KVM API 4.37): ARM_PROTECTED_VM, on a host in protected mode."""
+        """KVM_ENABLE_CAP (KVM API 4.37): ARM_PROTECTED_VM, by the number that the dialect gives it,
+        on a host in protected mode."""
         cap, flags, *args = ENABLE_CAP.unpack(argument.read(ENABLE_CAP.size))
-        if cap != Cap.ARM_PROTECTED_VM:
+        host = self.vm.host
+        if cap != host.dialect.capability:
             raise OSError(errno.EINVAL, f"capability {cap} cannot be enabled")
-        if not self.vm.host.protected_mode:
+        if not host.protected_mode:
             raise OSError(errno.EINVAL, "the host is not in protected mode")
-        protected.enable_cap(self.vm, flags, (args[0], args[1], args[2], args[3]))
+        slot = host.dialect.firmware is Firmware.SLOT
+        enable = protected.enable_cap if slot else firmware_address.enable_cap
+        enable(self.vm, flags, (args[0], args[1], args[2], args[3]))
         return 0
+
+    def _check_extension(self, argument: Argument) -> int:
+        """KVM_CHECK_EXTENSION (KVM API 4.4): of a protected VM as far as its dialect lets."""
+        cap = argument.number
+        if self.vm.protected and not self.vm.host.dialect.offers(cap):
+            return 0
+        return check_extension(self.vm.host, cap)
 
     def _preferred_target(self, argument: Argument) -> int:
         """KVM_ARM_PREFERRED_TARGET (KVM API 4.83)."""
@@ -301,8 +324,8 @@ class DmaFile:
 
 
 def check_extension(host: Host, cap: int) -> int:
-    """KVM_CHECK_EXTENSION (KVM API 4.4); the same answers for the system and for a VM."""
-    if cap == Cap.ARM_PROTECTED_VM:
+    """KVM_CHECK_EXTENSION (KVM API 4.4) of the system, and of a VM that is not protected."""
+    if cap == host.dialect.capability:
         return int(host.protected_mode)
     if cap in (Cap.IRQCHIP, Cap.DEVICE_CTRL, Cap.ARM_IRQ_LINE_LAYOUT_2):
         return irqchip.has_gic(host)

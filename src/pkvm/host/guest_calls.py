@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """SMCCC and PSCI for guests: what the host answers to HVC and SMC.
 
-A non-protected guest's calls all come here, as on any KVM host. Of a protected
-guest's only those PSCI calls come that need the host; EL2 has decided them and
-shows the host the function and, for CPU_ON, the target (facts §5.4).
+The calls of a guest whose registers the host sees all come here, as on any KVM
+host. Of another one's only those come that need the host: EL2 has decided them
+and shows the host the function and, for CPU_ON, the target (facts §5.4).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pkvm.arm64 import psci, smccc
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import Function
 from pkvm.arm64.registers import SCTLR_EE, mpidr_of_vcpu_id
+from pkvm.host import guest_services
 from pkvm.host.vcpu import SCTLR_OFFSET, Vcpu
 from pkvm.hyp.abi import HostVcpu, RunResult
 from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent
@@ -24,8 +25,10 @@ _RESET2_VENDOR = 1 << 31
 """First vendor-specific reset type of SYSTEM_RESET2; of the others only 0 is defined."""
 _NO_MIGRATION = 2
 """MIGRATE_INFO_TYPE: the trusted OS, of which there is none, needs no migration."""
-_FEATURES_BIT = 1
-"""KVM_FEATURES: only itself."""
+_HIBERNATE_OFF = 1
+"""SYSTEM_OFF2's one type, which 0 means too."""
+_EVENT_FLAG_OFF2 = 1
+"""KVM_SYSTEM_EVENT_SHUTDOWN_FLAG_PSCI_OFF2."""
 _EVENT_FLAG_RESET2 = 1
 """KVM_SYSTEM_EVENT_RESET_FLAG_PSCI_RESET2."""
 
@@ -35,15 +38,25 @@ _PSCI_OFFERED = frozenset(
         Function.CPU_ON_32, Function.CPU_ON_64, Function.AFFINITY_INFO_32,
         Function.AFFINITY_INFO_64, Function.MIGRATE_INFO_TYPE, Function.SYSTEM_OFF,
         Function.SYSTEM_RESET, Function.PSCI_FEATURES, Function.SYSTEM_RESET2_32,
-        Function.SYSTEM_RESET2_64, smccc.Function.SMCCC_VERSION,
+        Function.SYSTEM_RESET2_64, Function.SYSTEM_OFF2_32, Function.SYSTEM_OFF2_64,
+        smccc.Function.SMCCC_VERSION,
     }
 )  # fmt: skip
 _RESET2 = (Function.SYSTEM_RESET2_32, Function.SYSTEM_RESET2_64)
+_OFF2 = (Function.SYSTEM_OFF2_32, Function.SYSTEM_OFF2_64)
+_SINCE: dict[int, int] = {
+    **dict.fromkeys(_RESET2, psci.VERSION_1_1),
+    **dict.fromkeys(_OFF2, psci.VERSION_1_3),
+}
+"""The version of PSCI that brought a function; 0.2 has the others."""
+_RANDOM = (smccc.Function.TRNG_RND32, smccc.Function.TRNG_RND64)
 _EVENTS = {
     Function.SYSTEM_OFF: (SystemEvent.SHUTDOWN, 0),
     Function.SYSTEM_RESET: (SystemEvent.RESET, 0),
     Function.SYSTEM_RESET2_32: (SystemEvent.RESET, _EVENT_FLAG_RESET2),
     Function.SYSTEM_RESET2_64: (SystemEvent.RESET, _EVENT_FLAG_RESET2),
+    Function.SYSTEM_OFF2_32: (SystemEvent.SHUTDOWN, _EVENT_FLAG_OFF2),
+    Function.SYSTEM_OFF2_64: (SystemEvent.SHUTDOWN, _EVENT_FLAG_OFF2),
 }
 
 
@@ -67,6 +80,8 @@ def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
         vcpu.vm.host.timers.wait(vcpu)
     elif function in _RESET2 and 0 < results[RunResult.X1] < _RESET2_VENDOR:
         vcpu.x0 = psci.INVALID_PARAMS
+    elif function in _RANDOM:
+        guest_services.entropy_for_el2(vcpu.vm.host, vcpu.page)
     elif function in _EVENTS:
         vcpu.x0 = psci.INTERNAL_FAILURE
         _system_event(vcpu, *_EVENTS[Function(function)])
@@ -77,7 +92,8 @@ def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
 
 
 def call(vcpu: Vcpu) -> bool:
-    """Serve a non-protected guest's HVC or SMC; True if KVM_RUN returns with a system event.
+    """Serve the HVC or SMC of a guest whose registers the host sees; True if KVM_RUN returns with a
+    system event.
 
     Raises KickedError out of a CPU_SUSPEND.
     """
@@ -96,41 +112,60 @@ def call(vcpu: Vcpu) -> bool:
     elif function in (Function.CPU_SUSPEND_32, Function.CPU_SUSPEND_64):
         answer(vcpu, psci.SUCCESS)
         vcpu.vm.host.timers.wait(vcpu)
-    elif function in _RESET2 and 0 < x1 < _RESET2_VENDOR:
-        answer(vcpu, psci.INVALID_PARAMS)
-    elif function in _EVENTS:
+    elif function in _EVENTS and vcpu.vm.psci_version >= _SINCE.get(function, 0):
+        if _is_no_type(function, x1, x2):
+            answer(vcpu, psci.INVALID_PARAMS)
+            return False
         answer(vcpu, psci.INTERNAL_FAILURE)
         _system_event(vcpu, *_EVENTS[Function(function)])
         return True
     else:
-        answer(vcpu, _constant(function, x1))
+        answer(vcpu, *_constant(vcpu, function, x1))
     return False
 
 
+def _is_no_type(function: int, x1: int, x2: int) -> bool:
+    """Whether the arguments of a system event name no type of it."""
+    if function in _RESET2:
+        return 0 < x1 < _RESET2_VENDOR
+    return function in _OFF2 and (x1 > _HIBERNATE_OFF or x2 != 0)
+
+
 def answer(vcpu: Vcpu, x0: int, x1: int = 0, x2: int = 0, x3: int = 0) -> None:
-    """Give a non-protected guest X0-X3."""
+    """Give a guest whose registers the host sets X0-X3."""
     for n, value in enumerate((x0, x1, x2, x3)):
         vcpu.set_word(HostVcpu.X + 8 * n, value)
     vcpu.mark_dirty()
 
 
-def _constant(function: int, x1: int) -> int:
-    """The calls that always answer the same."""
+def _constant(vcpu: Vcpu, function: int, x1: int) -> tuple[int, ...]:
+    """The calls that only ask."""
+    vm = vcpu.vm
+    policy = vm.host.policy
     if function == Function.PSCI_VERSION:
-        return psci.VERSION_1_1
-    if function == Function.PSCI_FEATURES:
-        return psci.SUCCESS if x1 & _MASK32 in _PSCI_OFFERED else psci.NOT_SUPPORTED
+        return (vm.psci_version,)
+    if function == Function.PSCI_FEATURES and vm.psci_version >= psci.VERSION_1_0:
+        return (_psci_features(vm.psci_version, x1 & _MASK32),)
     if function == Function.MIGRATE_INFO_TYPE:
-        return _NO_MIGRATION
+        return (_NO_MIGRATION,)
     if function == smccc.Function.SMCCC_VERSION:
-        return SMCCC_VERSION_1_1
+        return (SMCCC_VERSION_1_1,)
     if function == smccc.Function.KVM_FEATURES:
-        return _FEATURES_BIT
-    return smccc.NOT_SUPPORTED
+        return (policy.features,)
+    results = guest_services.answer(vm.host, function, x1) if policy.services else None
+    return results or (smccc.NOT_SUPPORTED,)
+
+
+def _psci_features(version: int, function: int) -> int:
+    """PSCI_FEATURES, of 1.0 and later."""
+    if function not in _PSCI_OFFERED or version < _SINCE.get(function, 0):
+        return psci.NOT_SUPPORTED
+    # The types of SYSTEM_OFF2 that there are, a bit each.
+    return _HIBERNATE_OFF if function in _OFF2 else psci.SUCCESS
 
 
 def _cpu_on(vcpu: Vcpu, mpidr: int, entry: int, context: int) -> int:
-    """PSCI CPU_ON of a non-protected guest; the target takes its caller's endianness."""
+    """PSCI CPU_ON where it is the host's; the target takes its caller's endianness."""
     target = _vcpu_at(vcpu, mpidr)
     if target is None or mpidr & ~_MPIDR_AFFINITY:
         return psci.INVALID_PARAMS
@@ -143,7 +178,7 @@ def _cpu_on(vcpu: Vcpu, mpidr: int, entry: int, context: int) -> int:
 
 
 def _affinity_info(vcpu: Vcpu, mpidr: int, level: int) -> int:
-    """PSCI AFFINITY_INFO of a non-protected guest: ON if any vCPU of the group is."""
+    """PSCI AFFINITY_INFO where it is the host's: ON if any vCPU of the group is."""
     if mpidr & ~_MPIDR_AFFINITY or level > 3:
         return psci.INVALID_PARAMS
     mask = _MPIDR_AFFINITY & MASK64 << 8 * level

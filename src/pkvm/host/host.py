@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,15 @@ from pkvm.events import Message, Recorder
 from pkvm.host.el2 import El2
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.irqfd import Irqfds
+from pkvm.host.memlock import Memlock
 from pkvm.host.mm import UserSpace
 from pkvm.host.pages import PageAllocator
-from pkvm.host.ports import Bus, BusFaults
+from pkvm.host.policy import POLICIES, Policy
+from pkvm.host.ports import Bus, BusFaults, Clock
 from pkvm.host.scheduler import Scheduler
 from pkvm.host.timer import Timers
 from pkvm.hyp.abi import HostCall
+from pkvm.uapi.dialects import Dialect
 
 if TYPE_CHECKING:
     from pkvm.host.vcpu import Vcpu
@@ -42,6 +46,13 @@ class Host:
     firmware: FirmwareRegion | None
     timers: Timers
     irqfds: Irqfds
+    dialect: Dialect
+    memlock: Memlock
+    clock: Clock
+    entropy: Callable[[int], bytes]
+    """So many random bytes, for guests that ask for them."""
+    tainted: bool = False
+    """Whether a protected VM was made that taints the kernel (TAINT_USER)."""
     vms: set[Vm] = field(default_factory=set)
     """Every VM that has not gone."""
     loaded: Vcpu | None = field(default=None)
@@ -52,6 +63,11 @@ class Host:
 
     def __post_init__(self) -> None:
         self.timers.loaded = lambda: self.loaded
+
+    @property
+    def policy(self) -> Policy:
+        """The host's own part of its dialect."""
+        return POLICIES[self.dialect.name]
 
     @property
     def firmware_size(self) -> int:

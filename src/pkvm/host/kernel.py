@@ -10,6 +10,7 @@ errno and words.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -21,12 +22,14 @@ from pkvm.host.files import DmaFile, File, KvmFile, VcpuFile
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.host import Host
 from pkvm.host.irqfd import Irqfds
+from pkvm.host.memlock import Memlock
 from pkvm.host.mm import HostMemory, UserSpace
 from pkvm.host.pages import PageAllocator
 from pkvm.host.ports import PAGE_MASK, Alarms, Bus, BusFaults, Clock, Door
 from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
 from pkvm.host.timer import Timers
 from pkvm.host.vcpu import Vcpu
+from pkvm.uapi.dialects import RFC, Dialect
 from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
 
 FIRST_FD = 3
@@ -68,7 +71,8 @@ class HostKernel:
     `dma_base`, the PA of the copy engine's registers; whether it booted in `protected` mode; the
     guest `firmware` that it found at boot (`firmware_node.guest_firmware`). `misalign` makes
     memory that no 2 MiB block can map. `alarms` are the machine's timers; without them nothing
-    ends a guest's wait for its physical timer.
+    ends a guest's wait for its physical timer. `dialect` is what protected KVM it speaks,
+    `memlock` the VMM's RLIMIT_MEMLOCK in bytes (None: unlimited), `entropy` gives random bytes.
     """
 
     def __init__(
@@ -88,6 +92,9 @@ class HostKernel:
         misalign: bool = False,
         grace_s: float = GRACE_S,
         alarms: Alarms | None = None,
+        dialect: Dialect = RFC,
+        memlock: int | None = None,
+        entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         pages = PageAllocator(bus, ram, misalign=misalign)
         users = UserSpace(bus, bus_faults, pages)
@@ -108,6 +115,10 @@ class HostKernel:
             firmware,
             Timers(self._sched, el2, clock, alarms),
             Irqfds(self._lock),
+            dialect,
+            Memlock(memlock),
+            clock,
+            entropy,
         )
         self._dma = CopyDriver(bus, users, dma_base)
         self._files: dict[int, File] = {}
@@ -118,6 +129,16 @@ class HostKernel:
     def firmware(self) -> FirmwareRegion | None:
         """The guest firmware that the host's boot firmware left."""
         return self._host.firmware
+
+    @property
+    def dialect(self) -> Dialect:
+        """What protected KVM this host speaks."""
+        return self._host.dialect
+
+    @property
+    def memlock(self) -> Memlock:
+        """RLIMIT_MEMLOCK of the VMM's process, and what counts for it."""
+        return self._host.memlock
 
     @property
     def free_pages(self) -> int:

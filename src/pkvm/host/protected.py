@@ -111,7 +111,7 @@ def _take(vm: Vm, firmware: Slot) -> None:
         raise
     for run in runs:
         vm.pin(run)
-    vm.protected = True
+    vm.become_protected()
     for vcpu in vm.vcpus.values():
         vcpu.forget_dirty()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 
-from pkvm.arm64.psci import VERSION_1_1
 from pkvm.arm64.registers import (
     MPIDR_EL1,
     PSTATE_EL0T,
@@ -73,6 +72,9 @@ def get_one_reg(vcpu: Vcpu, register: int) -> bytes:
 def set_one_reg(vcpu: Vcpu, register: int, value: bytes) -> None:
     """Set a register. Errors as `get_one_reg`, and EINVAL for a PSTATE that is not AArch64 EL1 or
     EL0, and for another value of a register that cannot be changed."""
+    if register == uapi.REG_PSCI_VERSION:
+        _set_psci_version(vcpu, int.from_bytes(value, "little"))
+        return
     constant = _constant(vcpu, register)
     if constant is not None:
         if int.from_bytes(value, "little") != constant:
@@ -86,6 +88,13 @@ def set_one_reg(vcpu: Vcpu, register: int, value: bytes) -> None:
     vcpu.sync()
     vcpu.vm.host.bus.write(vcpu.page + offset, value)
     vcpu.mark_dirty()
+
+
+def _set_psci_version(vcpu: Vcpu, version: int) -> None:
+    """KVM_REG_ARM_PSCI_VERSION. Raises EINVAL for a version that the host has not."""
+    if version not in vcpu.vm.host.policy.psci_versions:
+        raise OSError(errno.EINVAL, f"this host has no PSCI {version >> 16}.{version & 0xFFFF}")
+    vcpu.vm.psci_version = version
 
 
 def size_of(register: int) -> int:
@@ -114,5 +123,5 @@ def _constant(vcpu: Vcpu, register: int) -> int | None:
     if register == _MPIDR:
         return mpidr_of_vcpu_id(vcpu.id)
     if register == uapi.REG_PSCI_VERSION:
-        return VERSION_1_1
+        return vcpu.vm.psci_version
     return None

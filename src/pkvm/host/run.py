@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import errno
 
-from pkvm.host import exits
+from pkvm.host import exits, firmware_address
 from pkvm.host.scheduler import KickedError
 from pkvm.host.vcpu import Vcpu
+from pkvm.host.vm import Vm
 from pkvm.hyp.abi import ExitCode, RunResult
 from pkvm.uapi.kvm import ExitReason, MpState, Run
 
@@ -64,7 +65,7 @@ def kvm_run(vcpu: Vcpu) -> None:
             else:
                 if host.loaded is not vcpu:
                     _load(vcpu)
-                if vm.primary is None and vm.protected:
+                if vm.primary is None and vm.elects_primary:
                     vm.primary = vcpu
                 nr_lrs = gic.flush() if irqs and gic is not None else 0
                 results = sched.execute(runner, enter, vcpu.flags, vcpu.x0, nr_lrs)
@@ -98,7 +99,7 @@ def _load(vcpu: Vcpu) -> None:
     if vm.gic is not None:
         vm.gic.map()
     if not vm.at_el2:
-        vm.init_at_el2(protected=False, created_vcpus=len(vm.vcpus))
+        _make_vm(vm)
     if not vcpu.at_el2:
         vm.init_vcpus_at_el2()
     if not vcpu.at_el2:
@@ -107,6 +108,17 @@ def _load(vcpu: Vcpu) -> None:
     vm.host.load(vcpu)
     if vcpu.gic is not None:
         vm.host.timers.interrupted(vcpu.gic)
+
+
+def _make_vm(vm: Vm) -> None:
+    """The VM comes into being at EL2 with its first KVM_RUN. Raises OSError."""
+    vm.init_at_el2(protected=vm.protected, created_vcpus=len(vm.vcpus))
+    if vm.firmware_ipa is not None:
+        try:
+            firmware_address.put(vm, vm.firmware_ipa)
+        except OSError:
+            vm.leave_el2()
+            raise
 
 
 def _check_role(vcpu: Vcpu) -> None:

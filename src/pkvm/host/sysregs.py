@@ -38,18 +38,18 @@ def access(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
     emulated = _REGISTERS.get(esr & _KEY_MASK)
     if cpu is None or emulated is None:
         return False
-    protected = vcpu.vm.protected
+    isolated = vcpu.vm.isolated
     register = (esr & SYS64_RT_MASK) >> SYS64_RT_SHIFT
     if not esr & SYS64_READ:
         value = results[RunResult.X0]
-        if not protected:
+        if not isolated:
             value = 0 if register == _XZR else vcpu.word(HostVcpu.X + 8 * register)
         emulated.write(cpu, value)
     elif emulated.read is None:
         return False
     else:
         value = emulated.read(cpu)
-        if protected:
+        if isolated:
             vcpu.x0 = value
         elif register != _XZR:
             vcpu.set_word(HostVcpu.X + 8 * register, value)

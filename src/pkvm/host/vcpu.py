@@ -129,7 +129,7 @@ class Vcpu:
 
     def mark_dirty(self) -> None:
         """The page holds registers of a non-protected vCPU that EL2 does not have."""
-        if not self.vm.protected:
+        if not self.vm.isolated:
             self.flags |= _DIRTY
 
     def forget_dirty(self) -> None:
@@ -139,7 +139,7 @@ class Vcpu:
     def sync(self) -> None:
         """Bring the page up to date with EL2, for a non-protected vCPU that is loaded. While the
         page is dirty it is EL2 that lags behind."""
-        clean = not self.vm.protected and not self.flags & _DIRTY
+        clean = not self.vm.isolated and not self.flags & _DIRTY
         if clean and self.vm.host.loaded is self:
             self.vm.host.el2.call(HostCall.VCPU_SYNC_STATE)
 

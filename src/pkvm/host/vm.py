@@ -14,11 +14,14 @@ from typing import NamedTuple
 
 from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.memslots import Change, MemSlots
-from pkvm.host.pages import PageRun
+from pkvm.host.pages import BLOCK_PAGES, PageRun
 from pkvm.host.ports import PAGE_SHIFT
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vgic.gic import Gic
 from pkvm.hyp.abi import MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostCall, HostVcpu, HostVm
+from pkvm.uapi.dialects import Memory, Primary, Registers, Slots
+
+_TOUCH_PAGES = {Memory.AT_ENABLE: 0, Memory.TOUCHED_BLOCKS: BLOCK_PAGES, Memory.TOUCHED_PAGES: 1}
 
 
 class Sharing(NamedTuple):
@@ -31,7 +34,7 @@ class Sharing(NamedTuple):
 class Vm:
     """struct kvm. The kernel lock covers everything."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *, protected: bool = False) -> None:
         self.host = host
         self.handle = host.el2.call(HostCall.RESERVE_VM)
         """EL2's handle; 0 when EL2 has none for this VM (after a failed ENABLE)."""
@@ -45,6 +48,16 @@ class Vm:
         self.vcpus: dict[int, Vcpu] = {}
         """By vCPU id, in the order of their index."""
         self.protected = False
+        self.isolated = False
+        """Protected, and EL2 keeps the vCPUs' registers."""
+        self.elects_primary = False
+        """The first vCPU to enter becomes `primary`."""
+        self.touch_pages = 0
+        """Most pages that the guest gets at the first touch of one; 0: it has them all."""
+        self.psci_version = host.policy.psci_versions[-1]
+        """What the host tells those guests whose PSCI it is."""
+        self.firmware_ipa: int | None = None
+        """Where the guest firmware is to go, if user space named an address."""
         self.ran = False
         """Whether a KVM_RUN was issued on an initialised vCPU."""
         self.at_el2 = False
@@ -56,6 +69,8 @@ class Vm:
         """The first vCPU of a protected VM that entered the guest."""
         self.shared: dict[int, Sharing] = {}
         """Non-protected: gfn -> the mapping in the guest's stage-2 that starts there."""
+        self.donated: dict[int, int] = {}
+        """Protected, given at the first touch: gfn -> pages that were given there at once."""
         self._donated: set[int] = set()
         """PAs of the pages that EL2 keeps for this VM."""
         self._pins: dict[PageRun, int] = {}
@@ -64,6 +79,16 @@ class Vm:
         """PAs of shared pages that EL2 did not let go."""
         self._users = 1
         host.vms.add(self)
+        if protected:
+            self.become_protected()
+
+    def become_protected(self) -> None:
+        """What the dialect makes of a protected VM holds from now on."""
+        dialect = self.host.dialect
+        self.protected = True
+        self.isolated = dialect.registers is Registers.HIDDEN
+        self.elects_primary = dialect.primary is Primary.FIRST_TO_ENTER
+        self.touch_pages = _TOUCH_PAGES[dialect.memory]
 
     def get(self) -> None:
         """One more user: a vCPU's descriptor."""
@@ -104,14 +129,22 @@ class Vm:
         self.put()
 
     def set_memory_region(self, region: bytes) -> None:
-        """KVM_SET_USER_MEMORY_REGION (KVM API 4.35). Raises EPERM for a protected VM, whatever
-        the change (RFC 7.26.1); else as `MemSlots.plan`."""
-        if self.protected:
+        """KVM_SET_USER_MEMORY_REGION (KVM API 4.35). Raises EPERM for what a protected VM refuses
+        (`uapi.dialects.Slots`), else as `MemSlots.plan`."""
+        if self.protected and self.host.dialect.slots is Slots.ALL_AFTER_ENABLE:
             raise OSError(
                 errno.EPERM, "the memory slots of a protected VM can no longer be configured"
             )
         plan = self.slots.plan(region)
-        if plan.change in (Change.DELETE, Change.MOVE) and plan.old is not None:
+        gone = plan.change in (Change.DELETE, Change.MOVE)
+        if self.protected and plan.change is not Change.NOTHING:
+            if gone and self.at_el2:
+                raise OSError(errno.EPERM, "a protected VM that has run keeps its memory slots")
+            if plan.new is not None and plan.new.flags:
+                raise OSError(
+                    errno.EPERM, "a memory slot of a protected VM is writable, and has no dirty log"
+                )
+        elif gone and plan.old is not None:
             self.unshare(plan.old.gfn, plan.old.npages)
         self.slots.apply(plan)
 
@@ -210,7 +243,7 @@ class Vm:
                 host.el2.call(HostCall.UNRESERVE_VM, self.handle)
                 self.handle = 0
             return
-        if not self.protected:
+        if self.shared:
             self.unshare(0, 1 << IPA_BITS - PAGE_SHIFT)
         host.el2.call(HostCall.START_TEARDOWN_VM, self.handle)
         for slot in self.slots if self.protected else ():
@@ -222,6 +255,8 @@ class Vm:
         nr = host.bus.read_u64(self.page + HostVm.TEARDOWN_NR)
         host.el2.collect(head, nr, self._donated)
         self._donated = set()
+        host.memlock.release(sum(self.donated.values()))
+        self.donated.clear()
         self._unshare_page(self.page)
         for vcpu in self.vcpus.values():
             if vcpu.at_el2:

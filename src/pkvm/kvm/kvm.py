@@ -9,6 +9,7 @@ from types import TracebackType
 from pkvm.kvm.kernel import Kernel, Memory
 from pkvm.kvm.vm import Vm
 from pkvm.uapi import kvm as uapi
+from pkvm.uapi.dialects import DIALECTS, UPSTREAM, Dialect
 
 
 class Kvm:
@@ -36,8 +37,18 @@ class Kvm:
         return self.kernel.ioctl(self.fd, uapi.Ioctl.GET_API_VERSION)
 
     def create_vm(self, machine_type: int = 0) -> Vm:
-        """KVM_CREATE_VM (KVM API 4.2)."""
+        """KVM_CREATE_VM (KVM API 4.2). With `uapi.kvm.TYPE_PROTECTED` the VM is protected, where
+        the dialect makes it so."""
         return Vm(self, self.kernel.ioctl(self.fd, uapi.Ioctl.CREATE_VM, machine_type))
+
+    def dialect(self) -> Dialect:
+        """What protected KVM this kernel speaks, by the capability that it has. The upstream one
+        has none, and an ordinary kernel neither: whether that one protects VMs, only making one
+        tells."""
+        for dialect in DIALECTS.values():
+            if dialect.capability is not None and self.check_extension(dialect.capability):
+                return dialect
+        return UPSTREAM
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION (KVM API 4.4): 0 if the kernel does not have it."""

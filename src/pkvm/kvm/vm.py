@@ -12,6 +12,7 @@ from pkvm.kvm.kernel import Memory
 from pkvm.kvm.scratch import SCRATCH_BYTES, Scratch
 from pkvm.kvm.vcpu import Vcpu
 from pkvm.uapi import kvm as uapi
+from pkvm.uapi.dialects import ANDROID
 
 if TYPE_CHECKING:
     from pkvm.kvm.kvm import Kvm
@@ -86,8 +87,16 @@ class Vm:
         the first vCPU to run starts."""
         self.enable_cap(uapi.Cap.ARM_PROTECTED_VM, uapi.ProtectedVm.ENABLE, (firmware_slot,))
 
-    def protected_vm_info(self, size: int | None = None) -> ProtectedVmInfo:
-        """KVM_ENABLE_CAP(ARM_PROTECTED_VM) with flags INFO (RFC 7.26).
+    def set_firmware_address(self, ipa: int) -> None:
+        """KVM_ENABLE_CAP(ARM_PROTECTED_VM) with Android's flags SET_FW_IPA: the guest firmware is
+        to appear at `ipa`, where the VM has memory. Before the first run."""
+        self.enable_cap(ANDROID.capability or 0, ANDROID.flags["SET_FW_IPA"], (ipa,))
+
+    def protected_vm_info(
+        self, size: int | None = None, *, cap: int = uapi.Cap.ARM_PROTECTED_VM
+    ) -> ProtectedVmInfo:
+        """KVM_ENABLE_CAP(ARM_PROTECTED_VM) with flags INFO (RFC 7.26); `cap` is its number in
+        another dialect.
 
         Without `size` this is the RFC's plain call, which writes 64 bytes; with it the kernel
         writes that many bytes (8 to 4096) and says how many it knows. Raises ValueError for a
@@ -98,7 +107,7 @@ class Vm:
         memory = self._scratch.memory
         memory.write(0, bytes(uapi.PROTECTED_VM_INFO.size))
         args = (memory.address, size or 0)
-        self.enable_cap(uapi.Cap.ARM_PROTECTED_VM, uapi.ProtectedVm.INFO, args)
+        self.enable_cap(cap, uapi.ProtectedVm.INFO, args)
         words = uapi.PROTECTED_VM_INFO.unpack(memory.read(0, uapi.PROTECTED_VM_INFO.size))
         return ProtectedVmInfo(words[0], words[1])
 

@@ -7,12 +7,14 @@ every vCPU home with a kick. The VM lives until `close`: what its end left can
 be looked at.
 
 Protected, the VM starts in the firmware that the host puts into the firmware
-slot. Unprotected, the VMM loads the firmware itself and sets the registers as
+slot; in a dialect where firmware is optional or not there, in the image, unless
+firmware is asked for. Unprotected, the VMM loads the firmware itself and sets the registers as
 the RFC's contract would, so that the same images run.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -32,8 +34,10 @@ from pkvm.kvm import (
     SystemEvent,
     Unknown,
     Vcpu,
+    Vm,
 )
-from pkvm.uapi.kvm import Cap
+from pkvm.uapi.dialects import Creation, Firmware
+from pkvm.uapi.kvm import TYPE_PROTECTED
 from pkvm.vmm import board
 from pkvm.vmm.board import Board
 from pkvm.vmm.devicetree import build_device_tree
@@ -104,9 +108,9 @@ class Vmm:
     `Pl011` says. `plug` is called once the VM has its memory and its interrupt controller, to add
     to `devices`. `observe` is called at each `Moment`, in the thread in which it happens.
     `firmware` is for an unprotected VM, which starts in `image` directly without it; a protected
-    VM's firmware is the host's. `wall_clock` is the time since the Epoch in nanoseconds where it
-    is not this process's. Raises LoadError for what does not fit, OSError for what the kernel
-    refuses.
+    VM's firmware is the host's, and where it is optional anything but None asks for it.
+    `wall_clock` is the time since the Epoch in nanoseconds where it is not this process's. Raises
+    LoadError for what does not fit, OSError for what the kernel refuses.
     """
 
     def __init__(
@@ -129,6 +133,8 @@ class Vmm:
         self.image = image
         self.initrd = initrd
         self.protected = protected
+        self.dialect = kvm.dialect()
+        """What protected KVM the host speaks."""
         self._observe = observe
         self._stack = ExitStack()
         self._device_lock = threading.Lock()
@@ -172,12 +178,7 @@ class Vmm:
 
     def _build_memory(self, firmware: bytes | None) -> None:
         enter = self._stack.enter_context
-        if self.protected and not self.kvm.check_extension(Cap.ARM_PROTECTED_VM):
-            raise LoadError(
-                "this host offers no protected VMs (KVM_CAP_ARM_PROTECTED_VM is 0): boot it in "
-                "protected mode, or run with --unprotected"
-            )
-        self.vm = enter(self.kvm.create_vm())
+        self.vm = enter(self._create_vm())
         self.ram = self._map(self.board.ram_bytes)
         self.device_tree = build_device_tree(self.board, self.image, self.initrd)
         self.ram.write(0, self.device_tree)
@@ -187,6 +188,7 @@ class Vmm:
         self.vm.set_user_memory_region(board.RAM_SLOT, board.RAM_BASE, self.ram)
 
         self.firmware_bytes = self._firmware_bytes(firmware)
+        """Bytes of the firmware that the VM starts in; 0: none."""
         self.firmware_memory: Memory | None = None
         if self.firmware_bytes:
             self.firmware_memory = self._map(board.FIRMWARE_BYTES)
@@ -197,8 +199,25 @@ class Vmm:
             )
         self.sharing = Sharing(self.ram, board.RAM_BASE)
 
-        if self.protected:
+        if self.dialect.firmware is Firmware.SLOT and self.protected:
             self.vm.protect(board.FIRMWARE_SLOT)
+        elif self.firmware_bytes and self.protected:
+            self.vm.set_firmware_address(board.FIRMWARE_BASE)
+
+    def _create_vm(self) -> Vm:
+        """The VM; protected already, where the dialect has it so."""
+        by_type = self.dialect.creation is Creation.TYPE_BIT
+        try:
+            if self.protected and by_type:
+                return self.kvm.create_vm(TYPE_PROTECTED)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            raise LoadError(
+                "this host offers no protected VMs (KVM_CAP_ARM_PROTECTED_VM is 0, and "
+                "KVM_CREATE_VM has no bit 31): boot it in protected mode, or run with --unprotected"
+            ) from error
+        return self.kvm.create_vm()
 
     def _make_gic(self) -> Gic | None:
         if not self.board.gic:
@@ -234,15 +253,16 @@ class Vmm:
         return memory
 
     def _firmware_bytes(self, firmware: bytes | None) -> int:
-        if self.protected:
-            size = self.vm.protected_vm_info().firmware_size
+        wanted = firmware is not None or self.dialect.firmware is Firmware.SLOT
+        if self.protected and wanted and self.dialect.capability is not None:
+            size = self.vm.protected_vm_info(cap=self.dialect.capability).firmware_size
             if not size:
                 raise LoadError(
                     "this host has no guest firmware, and a protected VM starts in it: "
                     "give one with --firmware, or run with --unprotected"
                 )
         else:
-            size = len(firmware) if firmware is not None else 0
+            size = len(firmware) if firmware is not None and not self.protected else 0
         if size > board.FIRMWARE_BYTES:
             raise LoadError(
                 f"the firmware has {size} bytes, and its slot {board.FIRMWARE_BYTES}: use a "
@@ -252,7 +272,7 @@ class Vmm:
 
     def _set_entry_state(self, vcpu: Vcpu) -> None:
         vcpu.set_reg("x0", board.DTB_BASE)
-        if self.protected:
+        if self.protected and self.firmware_bytes:
             return
         if self.firmware_bytes:
             vcpu.set_reg("pc", board.FIRMWARE_BASE)

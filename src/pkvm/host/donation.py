@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Memory for a protected guest at its first touch: count it, pin it, donate it (facts §2.1).
+
+Where a dialect gives a VM all its memory at once, nothing comes here.
+
+A vCPU's fault is served before any other vCPU runs. So a fault on a frame that
+the VM was given already means that the page is gone: taken by force, which ends
+KVM_RUN, or given back by the guest, and then it gets one again.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from pkvm.host.memslots import Slot
+from pkvm.host.pages import BLOCK_PAGES
+from pkvm.host.ports import PAGE_SHIFT
+from pkvm.host.vm import Vm
+from pkvm.hyp.abi import HostCall
+from pkvm.uapi.dialects import LostPage
+
+_TABLES = 2
+"""Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
+
+
+def touch(vm: Vm, slot: Slot, ipa: int) -> None:
+    """Give the loaded vCPU's protected VM the page at `ipa` of `slot`, or where the dialect does so
+    and all of it is there and new, the 2 MiB block around it.
+
+    Raises EFAULT for a page that was taken by force and where the slot has no user memory, ENOMEM
+    beyond RLIMIT_MEMLOCK or without pages for tables, or what EL2 answers.
+    """
+    gfn = ipa >> PAGE_SHIFT
+    block = gfn & -BLOCK_PAGES
+    known = gfn in vm.donated or vm.donated.get(block, 1) > 1
+    if known:
+        takes = vm.host.dialect.lost_page is LostPage.TAKEN_EFAULT
+        if takes and vm.host.el2.try_call(HostCall.VCPU_IN_POISON_FAULT):
+            raise OSError(
+                errno.EFAULT,
+                f"the host took the guest's page at IPA {ipa:#x} by force, and the guest wants it",
+            )
+        _donate(vm, slot, gfn, 1)
+    elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, block):
+        _give(vm, slot, gfn, 1)
+
+
+def give_range(vm: Vm, ipa: int, length: int) -> None:
+    """Give a protected VM all pages of [ipa, ipa+length), none of which it has. Raises EFAULT where
+    there is no memory, and as `touch`."""
+    gfn, end = ipa >> PAGE_SHIFT, ipa + length >> PAGE_SHIFT
+    slot = vm.slots.at(ipa)
+    if slot is None or ipa + length > slot.end:
+        raise OSError(errno.EFAULT, f"[{ipa:#x}, +{length:#x}) is not memory of one slot")
+    _give(vm, slot, gfn, end - gfn)
+
+
+def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
+    """Try to give a 2 MiB block; False if its memory is not one aligned block, or not all new."""
+    if block < slot.gfn or block + BLOCK_PAGES > slot.gfn + slot.npages:
+        return False
+    if any(gfn in vm.donated for gfn in range(block, block + BLOCK_PAGES)):
+        return False
+    try:
+        if (_pfn(vm, slot, block, BLOCK_PAGES) - block) % BLOCK_PAGES:
+            return False
+        _give(vm, slot, block, BLOCK_PAGES)
+    except OSError:
+        return False
+    return True
+
+
+def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
+    memlock = vm.host.memlock
+    memlock.charge(npages)
+    try:
+        _donate(vm, slot, gfn, npages)
+    except OSError:
+        memlock.release(npages)
+        raise
+    vm.pin(vm.host.users.find(_user(slot, gfn), npages << PAGE_SHIFT).run)
+    vm.donated[gfn] = npages
+
+
+def _donate(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
+    """HOST_DONATE_GUEST, with table pages as needed. Raises OSError."""
+    donate, pfn = HostCall.HOST_DONATE_GUEST, _pfn(vm, slot, gfn, npages)
+    el2 = vm.host.el2
+    result = el2.try_call(donate, pfn, gfn, npages)
+    if result == -errno.ENOMEM:
+        vm.topup(_TABLES if npages == 1 else 2 * _TABLES + npages // BLOCK_PAGES)
+        result = el2.try_call(donate, pfn, gfn, npages)
+    if result < 0:
+        raise OSError(-result, f"EL2 does not give the guest IPA {gfn << PAGE_SHIFT:#x}")
+
+
+def _user(slot: Slot, gfn: int) -> int:
+    return slot.user + (gfn << PAGE_SHIFT) - slot.ipa
+
+
+def _pfn(vm: Vm, slot: Slot, gfn: int, npages: int) -> int:
+    """The first of the contiguous host pages behind guest frames. Raises EFAULT."""
+    return vm.host.users.pa(_user(slot, gfn), npages << PAGE_SHIFT) >> PAGE_SHIFT
