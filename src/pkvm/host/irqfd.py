@@ -88,9 +88,12 @@ class Irqfds:
         """End the thread. Without the kernel lock. Idempotent."""
         self._closed = True
         thread, self._thread = self._thread, None
-        if thread is not None:
+        if thread is not None and self._selector is not None:
             os.eventfd_write(self._wake, 1)
             thread.join()
+            self._selector.close()
+            self._selector = None
+            os.close(self._wake)
 
     def _drop(self, binding: Binding) -> None:
         self._bindings.remove(binding)
@@ -120,8 +123,6 @@ class Irqfds:
                     self._take(key.data)
             finally:
                 self._lock.leave()
-        selector.close()
-        os.close(self._wake)
 
     def _take(self, binding: Binding | None) -> None:
         """Take an eventfd's signal, if it is still bound and nobody else was faster."""
