@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from pkvm import guests
-from pkvm.check.invariants import check
+from pkvm.check.invariants import check_hyp
 from pkvm.guests.agent import Agent
 from pkvm.kvm import Kvm, Vcpu, Vm
 from pkvm.kvm.kernel import Memory
@@ -56,7 +56,7 @@ class Rig:
 
     def check(self) -> None:
         """EL2's invariants hold."""
-        assert check(self.system.hyp.mem, self.system.hyp.vms()) == []
+        assert check_hyp(self.system.hyp) == []
 
 
 @contextmanager
@@ -68,11 +68,11 @@ def running_system(**options: Unpack[Options]) -> Iterator[System]:
         before = system.census()
         free = system.host.free_pages
         yield system
-        assert check(system.hyp.mem, system.hyp.vms()) == []
+        assert check_hyp(system.hyp) == []
         system.host.shutdown()
         assert system.census() == before
         assert system.host.free_pages == free
-        assert check(system.hyp.mem, system.hyp.vms()) == []
+        assert check_hyp(system.hyp) == []
 
 
 @contextmanager

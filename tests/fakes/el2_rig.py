@@ -15,7 +15,7 @@ from typing import TypeVar
 from fakes import a64
 from fakes.memory_rig import EventList
 from pkvm.arm64.registers import PSTATE_RESET, SCTLR_EL1, SCTLR_EL1_RESET
-from pkvm.check.invariants import Snapshot, check
+from pkvm.check.invariants import Snapshot, check_hyp
 from pkvm.events import Refusal
 from pkvm.hyp.abi import (
     CONTEXT_SYSREGS,
@@ -149,7 +149,7 @@ class El2:
     # Looking on
 
     def sound(self) -> None:
-        assert check(self.hyp.mem, self.hyp.vms()) == []
+        assert check_hyp(self.hyp) == []
 
     def refusals(self) -> list[Refusal]:
         return [event for event in self.recorder.events if isinstance(event, Refusal)]

@@ -99,12 +99,12 @@ class _Tlb:
         self.blocks_2m.clear()
         self.blocks_1g.clear()
 
+    def tables(self) -> tuple[tuple[int, dict[int, int]], ...]:
+        """By size: what is cached."""
+        return (PAGE_SIZE, self.pages), (BLOCK_2M, self.blocks_2m), (BLOCK_1G, self.blocks_1g)
+
     def entries(self) -> Iterator[TlbEntry]:
-        for size, table in (
-            (PAGE_SIZE, self.pages),
-            (BLOCK_2M, self.blocks_2m),
-            (BLOCK_1G, self.blocks_1g),
-        ):
+        for size, table in self.tables():
             for number, delta in table.items():
                 yield TlbEntry(number * size, size, number * size + delta, self.access)
 
@@ -157,6 +157,16 @@ class Bus:
         """What the TLB holds now, for those who check it against the tables."""
         with self._lock:
             return [*self._loads.entries(), *self._stores.entries()]
+
+    def tlb_columns(self) -> list[tuple[Access, int, list[int], list[int]]]:
+        """The same for those who look often: of each access and size the numbers of what is cached,
+        IPA // size, and PA minus IPA of each."""
+        with self._lock:
+            return [
+                (tlb.access, size, list(table), list(table.values()))
+                for tlb in (self._loads, self._stores)
+                for size, table in tlb.tables()
+            ]
 
     def read(self, ipa: int, length: int) -> bytes:
         """Load `length` bytes. Raises Stage2Fault where refused, BusError where nothing answers,
