@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, TypedDict, Unpack
 
-from pkvm.check.census import Census, census, shared_by_guests
+from pkvm.check.census import Census, census, private_to_guests, shared_by_guests
 from pkvm.events import Message, Recorder
 from pkvm.firmware import image as firmware_image
 from pkvm.firmware.host_tree import host_device_tree
@@ -141,6 +141,10 @@ class System:
     def shared_by_guests(self) -> frozenset[int]:
         """IPAs of the pages that guests share with the host, by EL2's account."""
         return shared_by_guests(self.hyp.mem, self.hyp.vms())
+
+    def private_to_guests(self) -> frozenset[int]:
+        """IPAs of the pages that guests have for themselves, by EL2's account."""
+        return private_to_guests(self.hyp.mem, self.hyp.vms())
 
     def tables(self) -> dict[str, Stage2Context]:
         """The stage-2 trees in force by name: "host", "dma", and "guest 0x1000"... by handle."""

@@ -80,14 +80,23 @@ def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
 def shared_by_guests(mem: MemProtect, vms: Iterable[GuestMemory]) -> frozenset[int]:
     """IPAs of the pages that a guest shares with the host, by its stage-2 tree. Takes EL2's
     lock."""
+    return _pages(mem, vms, PageState.SHARED_OWNED)
+
+
+def private_to_guests(mem: MemProtect, vms: Iterable[GuestMemory]) -> frozenset[int]:
+    """IPAs of the pages that a guest has for itself, likewise."""
+    return _pages(mem, vms, PageState.OWNED)
+
+
+def _pages(mem: MemProtect, vms: Iterable[GuestMemory], state: PageState) -> frozenset[int]:
     pages: set[int] = set()
     with mem.lock:
         for vm in vms:
             found = leaves(vm.stage2, 0, 1 << vm.stage2.ipa_bits - PAGE_SHIFT)
             states = (found.entries & np.uint64(SW_STATE_MASK)) >> np.uint64(SW_STATE_SHIFT)
-            of_shared = states == np.uint64(PageState.SHARED_OWNED)
+            wanted = (found.entries & np.uint64(VALID) != 0) & (states == np.uint64(state))
             for frame, count in zip(
-                found.frames[of_shared].tolist(), found.npages[of_shared].tolist(), strict=True
+                found.frames[wanted].tolist(), found.npages[wanted].tolist(), strict=True
             ):
                 pages.update(range(frame << PAGE_SHIFT, frame + count << PAGE_SHIFT, PAGE_SIZE))
     return frozenset(pages)

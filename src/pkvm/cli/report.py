@@ -99,6 +99,7 @@ def as_json(result: Result) -> str:
                 "equal": not probes.shared_trouble if shared_tried else None,
                 "trouble": probes.shared_trouble,
             },
+            "untouched_pages": probes.untouched,
             "not_tried": probes.not_tried or None,
         },
         "refusals": [
@@ -196,6 +197,8 @@ def _probe_lines(probes: Probes, *, protected: bool, paint: Paint) -> list[str]:
         lines.append(
             "  " + paint("shared pages: every attempt was allowed, with equal content", "good")
         )
+    if probes.untouched:
+        lines.append(f"  {probes.untouched} pages are the host's: the guest never touched them")
     if probes.not_tried:
         lines.append(f"  {probes.not_tried}")
     return lines

@@ -78,6 +78,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         seed=seed or 0,
         everything=args.probe_all,
         account=lambda: system.shared_by_guests(),
+        private=lambda: system.private_to_guests(),
     )
     pages: dict[str, Census] = {}
 

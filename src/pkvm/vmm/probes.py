@@ -132,7 +132,9 @@ class Probes:
     memory back, it is that memory only.
 
     A guest may share memory that it announces to nobody, as Linux does for its devices: `account`
-    gives the IPAs of the pages that are shared now, for those who can know.
+    gives the IPAs of the pages that are shared now, for those who can know. Where a guest gets its
+    memory at the first touch, what it has not touched is the host's, and nothing is tried on it;
+    `private` gives the IPAs of the others.
     """
 
     def __init__(
@@ -141,10 +143,12 @@ class Probes:
         seed: int = 0,
         everything: bool = False,
         account: Callable[[], Container[int]] | None = None,
+        private: Callable[[], Container[int]] | None = None,
     ) -> None:
         self._random = random.Random(seed)
         self._everything = everything
         self._account = account
+        self._private = private
         self.private = {kind: Tally() for kind in KINDS}
         """Attempts on pages that the guest has not shared: each should be refused."""
         self.shared = {kind: Tally() for kind in KINDS}
@@ -157,6 +161,8 @@ class Probes:
         """What was not tried and why, if anything."""
         self.pages = 0
         """Pages looked at, all moments together."""
+        self.untouched = 0
+        """Pages among those that are the host's still, since the guest never touched them."""
         self.moments: list[str] = []
         """The moments at which attempts were made."""
 
@@ -182,11 +188,16 @@ class Probes:
                 unannounced: Container[int] = ()
             else:
                 unannounced = self._account()
+            touched = None
+            if self._private is not None and vmm.protected and vmm.gets_memory_by_touch:
+                touched = self._private()
             for page in self._choose(vmm, moment):
                 self.pages += 1
                 announced = any(shared.holds(page.ipa) for shared in _usable(vmm))
                 if announced or page.ipa in unannounced:
                     self._attempt_shared(ways, page)
+                elif touched is not None and page.ipa not in touched:
+                    self.untouched += 1
                 else:
                     self._attempt_private(ways, page)
             latest = vmm.sharing.latest

@@ -37,6 +37,7 @@ from pkvm.kvm import (
     Vm,
 )
 from pkvm.uapi.dialects import Creation, Firmware
+from pkvm.uapi.dialects import Memory as MemoryRule
 from pkvm.uapi.kvm import TYPE_PROTECTED
 from pkvm.vmm import board
 from pkvm.vmm.board import Board
@@ -160,6 +161,11 @@ class Vmm:
                 plug(self)
             self._build_vcpus()
             self._stack = self._stack.pop_all()
+
+    @property
+    def gets_memory_by_touch(self) -> bool:
+        """Whether a protected guest's memory is the host's until the guest touches it."""
+        return self.dialect.memory is not MemoryRule.AT_ENABLE
 
     def line(self, spi: int) -> Line:
         """The interrupt line of an SPI; where the board has no interrupt controller, one that ends
