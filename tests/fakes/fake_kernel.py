@@ -88,6 +88,8 @@ class FakeMemory:
 
     syscall_read = read
     syscall_write = write
+    forced_read = read
+    forced_write = write
 
     def check(self, offset: int, length: int, access: str) -> None:
         if offset < 0 or offset + length > self.length:

@@ -29,7 +29,9 @@ from pkvm.host.ports import PAGE_MASK, Alarms, Bus, BusFaults, Clock, Door
 from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
 from pkvm.host.timer import Timers
 from pkvm.host.vcpu import Vcpu
-from pkvm.uapi.dialects import RFC, Dialect
+from pkvm.hyp.abi import HostCall
+from pkvm.uapi.dialects import RFC, Dialect, LostPage
+from pkvm.uapi.errors import HostOopsError
 from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
 
 FIRST_FD = 3
@@ -200,7 +202,7 @@ class HostKernel:
         def make() -> int:
             self._not_down()
             mapping = self._host.users.map(length)
-            memory.append(HostMemory(self._host.users, mapping, self._munmap))
+            memory.append(HostMemory(self._host.users, mapping, self._munmap, self._take_by_force))
             return 0
 
         self._call(-1, "mmap", make)
@@ -317,6 +319,21 @@ class HostKernel:
             return 0
 
         self._call(-1, "munmap", make)
+
+    def _take_by_force(self, pa: int, address: int) -> None:
+        """The kernel touched the page at `pa`, without a fix-up: get it back from its guest
+        (facts §3.7). Raises HostOopsError."""
+
+        def take() -> int:
+            result = -errno.EPERM
+            if self.dialect.lost_page is not LostPage.OOPS:
+                result = self._host.el2.try_call(HostCall.FORCE_RECLAIM_GUEST_PAGE, pa)
+            if result < 0 and result != -errno.EAGAIN:
+                why = "access to hypervisor-protected memory"
+                raise HostOopsError(address, "access", why)
+            return 0
+
+        self._call(-1, "force_reclaim", take)
 
     def _unmap_run(self, page: HostRunPage) -> None:
         def make() -> int:

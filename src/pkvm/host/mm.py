@@ -114,15 +114,21 @@ class UserSpace:
 class HostMemory:
     """A mapping in the VMM's hands: `pkvm.kvm.kernel.Memory` of the built-in host.
 
-    Loads and stores take the host CPU's way, through its stage-2, and need no system call.
+    Loads and stores take the host CPU's way, through its stage-2, and need no system call. `take`
+    gets a page at a PA and user address back by force, or raises HostOopsError.
     """
 
     def __init__(
-        self, users: UserSpace, mapping: Mapping, unmap: Callable[[HostMemory], None]
+        self,
+        users: UserSpace,
+        mapping: Mapping,
+        unmap: Callable[[HostMemory], None],
+        take: Callable[[int, int], None],
     ) -> None:
         self.mapping = mapping
         self._users = users
         self._unmap = unmap
+        self._take = take
         self._pa = mapping.run.pa
         self._bus = users.bus
         self._faults = users.bus_faults
@@ -154,6 +160,20 @@ class HostMemory:
         """copy_to_user in a system call. Errors as `read`."""
         self._store(offset, data, "system call's write")
 
+    def forced_read(self, offset: int, length: int) -> bytes:
+        """A load of the kernel's own, which takes what it may not touch by force. Raises ValueError
+        outside the mapping, HostOopsError."""
+        return self._forced(offset, length, lambda pa: self._bus.read(pa, length))
+
+    def forced_write(self, offset: int, data: bytes) -> None:
+        """A store of the kernel's own. Errors as `forced_read`."""
+
+        def store(pa: int) -> bytes:
+            self._bus.write(pa, data)
+            return b""
+
+        self._forced(offset, len(data), store)
+
     def close(self) -> None:
         """munmap. Idempotent."""
         if not self._closed:
@@ -173,6 +193,16 @@ class HostMemory:
             self._bus.write(self._pa + offset, data)
         except self._faults as fault:
             raise self._refused(fault, offset, access) from fault
+
+    def _forced(self, offset: int, length: int, access: Callable[[int], bytes]) -> bytes:
+        """`access` at the PA of `offset`, as often as it takes to have all pages back."""
+        self._check(offset, length)
+        while True:
+            try:
+                return access(self._pa + offset)
+            except self._faults as fault:
+                pa: int = getattr(fault, "ipa", self._pa + offset)
+                self._take(pa, self.address + pa - self._pa)
 
     def _check(self, offset: int, length: int) -> None:
         if self._closed:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 
-from pkvm.arm64.esr import FSC_TRANSLATION, FSC_TYPE_MASK, HPFAR_FIPA_MASK
+from pkvm.arm64.esr import EC, EC_SHIFT, FSC_TRANSLATION, FSC_TYPE_MASK, HPFAR_FIPA_MASK
 from pkvm.arm64.psci import Affinity
 from pkvm.arm64.registers import HCR_EL2, MIDR_EL1, VTTBR_EL2
 from pkvm.events import Recorder, Refusal, VmLife
@@ -38,6 +38,7 @@ _VECTOR = StopReason.VECTOR
 _ILLEGAL = int(ExitClass.ILLEGAL)
 _ON = int(Affinity.ON)
 _ABORTS = (ExitClass.IABT, ExitClass.DABT, ExitClass.MMIO_READ, ExitClass.MMIO_WRITE)
+_ABORT_ECS = (EC.IABT_LOW, EC.DABT_LOW)
 _EXIT_CLASS, _POWER = Vcpu.index_of("exit_class"), Vcpu.index_of("power")
 
 
@@ -173,12 +174,17 @@ class PhysicalCpu:
     def fault_ipa(self, vcpu: Vcpu) -> int:
         """The page at which a protected vCPU's last exit found nothing mapped, as EL2 itself knows
         it. Raises Refused(EINVAL) if the last exit was for something else."""
-        if vcpu.words[_EXIT_CLASS] not in _ABORTS:
+        kind = vcpu.words[_EXIT_CLASS]
+        shown = kind == ExitClass.NONPROTECTED and vcpu.exit_esr >> EC_SHIFT in _ABORT_ECS
+        if kind not in _ABORTS and not shown:
             raise Refused(Errno.EINVAL, "exit_class", "the last exit was no abort", vm=vcpu.handle)
-        self._switch_to(vcpu)
-        if self._engine.esr_el2 & FSC_TYPE_MASK != FSC_TRANSLATION:
+        esr, hpfar = vcpu.exit_esr, vcpu.exit_hpfar
+        if not shown:
+            self._switch_to(vcpu)
+            esr, hpfar = self._engine.esr_el2, self._engine.hpfar_el2
+        if esr & FSC_TYPE_MASK != FSC_TRANSLATION:
             raise Refused(Errno.EINVAL, "fsc", "it was no translation fault", vm=vcpu.handle)
-        return (self._engine.hpfar_el2 & HPFAR_FIPA_MASK) << 8
+        return (hpfar & HPFAR_FIPA_MASK) << 8
 
     def forget(self, vm: Vm) -> None:
         """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""

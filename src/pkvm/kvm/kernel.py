@@ -50,6 +50,16 @@ class Memory(Protocol):
         `syscall_read`."""
         ...
 
+    def forced_read(self, offset: int, length: int) -> bytes:
+        """What the kernel reads for itself where it has no fix-up: pread(2) of /proc/self/mem,
+        vmsplice(2), fork(2). In some dialects that takes a guest's private page by force: it reads
+        zero, and the guest has lost it for ever. Else HostOopsError."""
+        ...
+
+    def forced_write(self, offset: int, data: bytes) -> None:
+        """pwrite(2) of /proc/self/mem. As `forced_read`."""
+        ...
+
     def close(self) -> None:
         """munmap. Idempotent. A VM that uses the pages keeps them."""
         ...
