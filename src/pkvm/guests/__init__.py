@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NAMES = ("agent", "firmware", "hello", "sharing", "smp")
+NAMES = ("agent", "firmware", "hello", "irq", "sharing", "smp")
 """What `image` knows."""
 
 
