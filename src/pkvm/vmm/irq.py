@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+from pkvm.uapi import kvm as uapi
+
 SPI_BASE = 32
 """INTID of SPI 0 (Arm GIC architecture, IHI 0069, 2.2.1)."""
-KVM_ARM_IRQ_TYPE_SPI = 1 << 24
-"""`irq` of KVM_IRQ_LINE (KVM API 4.25): type in bits 31:24, for an SPI the INTID in bits 15:0."""
 
 
 class InterruptController(Protocol):
@@ -38,7 +38,7 @@ class IrqLine:
 
     def __init__(self, vm: InterruptController, spi: int) -> None:
         self._vm = vm
-        self._irq = KVM_ARM_IRQ_TYPE_SPI | SPI_BASE + spi
+        self._irq = uapi.irq_number(uapi.IrqType.SPI, SPI_BASE + spi)
         self._lock = threading.Lock()
         self._level = False
 
