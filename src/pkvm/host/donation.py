@@ -11,10 +11,12 @@ KVM_RUN, or given back by the guest, and then it gets one again.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from pkvm.host.memslots import Slot
 from pkvm.host.pages import BLOCK_PAGES
 from pkvm.host.ports import PAGE_SHIFT
+from pkvm.host.protected import donate_extents, tables_needed
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import LostPage
@@ -46,13 +48,18 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
 
 
 def give_range(vm: Vm, ipa: int, length: int) -> None:
-    """Give a protected VM all pages of [ipa, ipa+length), none of which it has. Raises EFAULT where
-    there is no memory, and as `touch`."""
-    gfn, end = ipa >> PAGE_SHIFT, ipa + length >> PAGE_SHIFT
+    """Give a protected VM, of which no vCPU need be loaded, all pages of [ipa, ipa+length), none of
+    which it has. Raises EFAULT where there is no memory, and as `touch`."""
     slot = vm.slots.at(ipa)
     if slot is None or ipa + length > slot.end:
         raise OSError(errno.EFAULT, f"[{ipa:#x}, +{length:#x}) is not memory of one slot")
-    _give(vm, slot, gfn, end - gfn)
+
+    def donate(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
+        extents = [(_pfn(vm, slot, gfn, npages), gfn, npages)]
+        vm.topup(tables_needed(extents))
+        donate_extents(vm, extents)
+
+    _give(vm, slot, ipa >> PAGE_SHIFT, length >> PAGE_SHIFT, donate)
 
 
 def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
@@ -70,11 +77,17 @@ def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
     return True
 
 
-def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
+def _give(
+    vm: Vm,
+    slot: Slot,
+    gfn: int,
+    npages: int,
+    donate: Callable[[Vm, Slot, int, int], None] | None = None,
+) -> None:
     memlock = vm.host.memlock
     memlock.charge(npages)
     try:
-        _donate(vm, slot, gfn, npages)
+        (donate or _donate)(vm, slot, gfn, npages)
     except OSError:
         memlock.release(npages)
         raise
@@ -88,7 +101,7 @@ def _donate(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
     el2 = vm.host.el2
     result = el2.try_call(donate, pfn, gfn, npages)
     if result == -errno.ENOMEM:
-        vm.topup(_TABLES if npages == 1 else 2 * _TABLES + npages // BLOCK_PAGES)
+        vm.topup(_TABLES)
         result = el2.try_call(donate, pfn, gfn, npages)
     if result < 0:
         raise OSError(-result, f"EL2 does not give the guest IPA {gfn << PAGE_SHIFT:#x}")

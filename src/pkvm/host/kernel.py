@@ -326,8 +326,15 @@ class HostKernel:
 
         def take() -> int:
             result = -errno.EPERM
+            el2, call = self._host.el2, HostCall.FORCE_RECLAIM_GUEST_PAGE
             if self.dialect.lost_page is not LostPage.OOPS:
-                result = self._host.el2.try_call(HostCall.FORCE_RECLAIM_GUEST_PAGE, pa)
+                result = el2.try_call(call, pa)
+            if result == -errno.ENOMEM:
+                # The page is part of a block of its guest's.
+                for vm in self._host.vms:
+                    if vm.has_pinned(pa):
+                        vm.topup(1)
+                result = el2.try_call(call, pa)
             if result < 0 and result != -errno.EAGAIN:
                 why = "access to hypervisor-protected memory"
                 raise HostOopsError(address, "access", why)

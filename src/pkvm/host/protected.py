@@ -105,7 +105,7 @@ def _take(vm: Vm, firmware: Slot) -> None:
         el2 = vm.host.el2
         el2.call(HostCall.SET_FIRMWARE, vm.handle, firmware.ipa, firmware.size)
         vm.topup(tables_needed(extents))
-        _donate(vm, extents)
+        donate_extents(vm, extents)
     except OSError:
         vm.leave_el2()
         raise
@@ -148,8 +148,9 @@ def tables_needed(extents: Iterable[Extent]) -> int:
     return len(level2) + len(level3)
 
 
-def _donate(vm: Vm, extents: list[Extent]) -> None:
-    """DONATE_GUEST_SGLIST. Raises OSError; nothing is donated then."""
+def donate_extents(vm: Vm, extents: list[Extent]) -> None:
+    """DONATE_GUEST_SGLIST, for a VM of which no vCPU need be loaded. Raises OSError; nothing is
+    donated then."""
     host = vm.host
     listing = b"".join(_ENTRY.pack(*extent) for extent in extents)
     npages = -(-len(listing) >> PAGE_SHIFT) or 1

@@ -155,6 +155,10 @@ class Vm:
             run.get()
         self._pins[run] += 1
 
+    def has_pinned(self, pa: int) -> bool:
+        """Whether the page at `pa` is among the user pages that the guest has."""
+        return any(run.pa <= pa < run.pa + run.length for run in self._pins)
+
     def unpin(self, run: PageRun) -> None:
         """Undo one `pin`."""
         self._pins[run] -= 1

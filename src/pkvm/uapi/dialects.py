@@ -23,7 +23,9 @@ from pkvm.uapi.kvm import TYPE_PROTECTED, Cap
 class Creation(Enum):
     """How a VM becomes protected."""
 
-    ENABLE_CAP = "KVM_ENABLE_CAP(ARM_PROTECTED_VM) with flags ENABLE, after creation"
+    ENABLE_CAP = (
+        "KVM_ENABLE_CAP(ARM_PROTECTED_VM) with flags ENABLE, until the first KVM_RUN (then EBUSY)"
+    )
     TYPE_BIT = "KVM_CREATE_VM with bit 31 of the machine type"
 
 
@@ -45,8 +47,19 @@ class Firmware(Enum):
     """How guest firmware gets into a VM."""
 
     SLOT = "a memory slot, named by ENABLE; a VM without firmware does not run"
-    ADDRESS = "an IPA, named by SET_FW_IPA; a VM without firmware starts where the VMM says"
+    ADDRESS = (
+        "an IPA, named by SET_FW_IPA until the first KVM_RUN (then EBUSY); a VM without firmware "
+        "starts where the VMM says"
+    )
     NONE = "there is none"
+
+
+class Info(Enum):
+    """When a VMM can ask for the firmware's size."""
+
+    ANY_TIME = "at any time; a size in args[1] asks for so many bytes of the structure"
+    ANY_TIME_WHOLE = "at any time, of a protected VM; args[1] must be 0"
+    NONE = "never"
 
 
 class Primary(Enum):
@@ -130,7 +143,7 @@ class Vcpus(Enum):
 class LostPage(Enum):
     """What a kernel access without a fix-up (/proc/self/mem, vmsplice) does to a private page."""
 
-    TAKEN = "the page is taken by force and reads zero; the guest's next touch is an abort"
+    TAKEN = "the page is taken by force and reads zero; the guest's next touch aborts"
     TAKEN_EFAULT = (
         "the page is taken by force and reads zero; the guest's next touch makes KVM_RUN give "
         "EFAULT"
@@ -150,7 +163,7 @@ class Filter(Enum):
     """Which capabilities a protected VM's descriptor reports."""
 
     NONE = "the system's"
-    ANDROID = "a list, with SVE, the PMU and ARM_PROTECTED_VM in it; any other: 0"
+    ANDROID = "a list, ARM_PROTECTED_VM in it; any other: 0"
     UPSTREAM = "a list; any other: 0"
 
 
@@ -208,6 +221,7 @@ class Dialect:
     unprotected: Unprotected
     type_bits: TypeBits
     firmware: Firmware
+    info: Info
     primary: Primary
     calls: Calls
     unknown_call: Unknown
@@ -254,6 +268,7 @@ RFC = Dialect(
     unprotected=Unprotected.CAP_IS_ZERO,
     type_bits=TypeBits.IPA_SIZE,
     firmware=Firmware.SLOT,
+    info=Info.ANY_TIME,
     primary=Primary.FIRST_TO_ENTER,
     calls=Calls.EL2,
     unknown_call=Unknown.NOT_SUPPORTED,
@@ -284,6 +299,7 @@ ANDROID = Dialect(
     unprotected=Unprotected.EINVAL,
     type_bits=TypeBits.IPA_SIZE_AND_PROTECTED,
     firmware=Firmware.ADDRESS,
+    info=Info.ANY_TIME_WHOLE,
     primary=Primary.RUNNABLE,
     calls=Calls.EL2,
     unknown_call=Unknown.NOT_SUPPORTED,
@@ -314,6 +330,7 @@ UPSTREAM = Dialect(
     unprotected=Unprotected.EINVAL,
     type_bits=TypeBits.IPA_SIZE_AND_PROTECTED,
     firmware=Firmware.NONE,
+    info=Info.NONE,
     primary=Primary.ANY,
     calls=Calls.HOST,
     unknown_call=Unknown.TO_HOST,
@@ -369,6 +386,7 @@ ROWS = (
     Row("type_bits", "Bits of the machine type"),
     Row("filter", "Capabilities of a protected VM"),
     Row("firmware", "Guest firmware"),
+    Row("info", "The firmware's size is told (INFO)"),
     Row("primary", "Who starts"),
     Row("calls", "PSCI, SMCCC and TRNG of a protected guest"),
     Row("unknown_call", "A hypercall that nobody knows"),
