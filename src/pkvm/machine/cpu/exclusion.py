@@ -22,8 +22,9 @@ from types import TracebackType
 
 INSIDE, WAITING, INTERRUPTED = range(3)
 """Indices of `CpuOwnership.flags`. INTERRUPTED is the engine's: an interrupt is pending."""
-_FIRST_WAIT = 20e-6
-_LONGEST_WAIT = 1e-3
+FIRST_WAIT_S = 20e-6
+LONGEST_WAIT_S = 1e-3
+"""Between two requests to stop."""
 
 
 class CpuOwnership:
@@ -55,12 +56,12 @@ class CpuOwnership:
         self._turnstile.acquire()
         flags = self.flags
         flags[WAITING] = True
-        wait = _FIRST_WAIT
+        wait = FIRST_WAIT_S
         while flags[INSIDE]:
             self._left.acquire(blocking=False)
             self._stop()
             self._left.acquire(timeout=wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+            wait = min(2 * wait, LONGEST_WAIT_S)
 
     def __exit__(
         self,

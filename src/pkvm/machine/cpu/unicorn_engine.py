@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from threading import get_ident
@@ -50,7 +51,14 @@ from pkvm.machine.cpu import cpu_models, gic_registers, selfcheck, thunks
 from pkvm.machine.cpu.context import CpuContext
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
-from pkvm.machine.cpu.exclusion import INSIDE, INTERRUPTED, WAITING, CpuOwnership
+from pkvm.machine.cpu.exclusion import (
+    FIRST_WAIT_S,
+    INSIDE,
+    INTERRUPTED,
+    LONGEST_WAIT_S,
+    WAITING,
+    CpuOwnership,
+)
 from pkvm.machine.cpu.instruction_cache import InstructionCache
 from pkvm.machine.cpu.library import (
     BLOCK_HOOK,
@@ -445,9 +453,10 @@ class UnicornEngine(CpuContext):
 
     def interrupt(self) -> None:
         """A physical interrupt to EL2: `run` returns `StopReason.INTERRUPT`, at its next call if
-        none is under way. The guest has left the CPU when this returns."""
-        self._ownership.flags[INTERRUPTED] = True
-        if not self._ownership.flags[INSIDE]:
+        none is under way. The guest has left the CPU when this returns, or is about to take the
+        interrupt; it does not wait for the caller, as it does for who needs the CPU itself."""
+        self._flags[INTERRUPTED] = True
+        if not self._flags[INSIDE]:
             return
         if self._runner == threading.get_ident():
             # A signal handler broke into `run`, and cannot wait for the code that it broke into.
@@ -456,8 +465,12 @@ class UnicornEngine(CpuContext):
         self._push_out()
 
     def _push_out(self) -> None:
-        with self._ownership:
-            pass
+        """Ask for a stop until the guest is out: one just before emulation starts is forgotten."""
+        flags, wait = self._flags, FIRST_WAIT_S
+        while flags[INSIDE] and flags[INTERRUPTED]:
+            self._stop()
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
 
     def _interrupt_self(self) -> None:
         """A physical interrupt that the guest's own instruction causes."""
