@@ -116,6 +116,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
 
         lives = stack.enter_context(Lives(make, reboot=not args.no_reboot))
         stack.callback(person.close)
+        console.on_error = lives.stop
         person.start(
             arrived=lives.arrived if hvc is None else hvc.arrived,
             resized=None if hvc is None else hvc.resize,

@@ -331,6 +331,7 @@ class Session:
             start = "" if self._console.at_line_start else "\r\n"
             # Where the screen is gone, the guest's next byte tells the run.
             with suppress(terminal.OutputError):
+                self._console.flush()
                 terminal.write((start + "".join(f"{line}\r\n" for line in lines)).encode())
         else:
             print("\n".join(lines), file=sys.stderr, flush=True)

@@ -6,12 +6,17 @@ from __future__ import annotations
 import os
 import select
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import TextIO
 
 COLOURS = {"good": "32", "bad": "31", "title": "1"}
 TEXT_LIMIT = 16 << 20
 """Bytes of a guest's console that are kept for the report."""
+FLUSH_S = 0.005
+"""How long a part of a line may wait for the rest: less than a person or a script notices."""
+_PART_LIMIT = 1 << 10
 
 
 def painter(stream: TextIO) -> Callable[[str, str], str]:
@@ -51,12 +56,26 @@ def write_line(text: str) -> None:
 
 
 class Console:
-    """Takes what the guest writes; with `show` it goes to stdout at once, byte by byte. The last
-    TEXT_LIMIT bytes at least are kept."""
+    """Takes what the guest writes; with `show` it goes to stdout. The last TEXT_LIMIT bytes at least
+    are kept.
+
+    A guest sends one byte after another, and a system call for each would cost more than the guest
+    itself: a line goes out when it is complete, what is not a line after FLUSH_S. An error of
+    stdout comes with the guest's next bytes, and `on_error` is called if it sends none.
+    """
 
     def __init__(self, *, show: bool) -> None:
         self._show = show
         self._bytes = bytearray()
+        self._lock = threading.Lock()
+        """Covers what is to go out, and its order."""
+        self._waiting = bytearray()
+        self._error: OutputError | None = None
+        self.on_error: Callable[[], object] | None = None
+        """Called in a thread of the console's own."""
+        self._begun = threading.Event()
+        """There is a part of a line."""
+        self._thread: threading.Thread | None = None
         self.translate: Callable[[bytes], bytes] | None = None
         """What to make of bytes on their way to stdout; they are kept as they are."""
 
@@ -65,8 +84,29 @@ class Console:
         self._bytes += data
         if len(self._bytes) > 2 * TEXT_LIMIT:
             del self._bytes[:-TEXT_LIMIT]
-        if self._show:
-            write(data if self.translate is None else self.translate(data))
+        if not self._show:
+            return
+        if self._error is not None:
+            raise self._error
+        with self._lock:
+            self._waiting += data
+        if b"\n" in data or len(self._waiting) >= _PART_LIMIT:
+            self.flush()
+        elif not self._begun.is_set():
+            self._begun.set()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="stdout", daemon=True)
+                self._thread.start()
+
+    def flush(self) -> None:
+        """Write what waits. Errors as `write`."""
+        if self._error is not None:
+            raise self._error
+        with self._lock:
+            data = bytes(self._waiting)
+            self._waiting.clear()
+            if data:
+                write(data if self.translate is None else self.translate(data))
 
     @property
     def at_line_start(self) -> bool:
@@ -74,9 +114,26 @@ class Console:
         return not self._bytes or self._bytes.endswith(b"\n")
 
     def end_line(self) -> None:
-        """If the guest left its last line open, close it on stdout."""
-        if self._show and not self.at_line_start:
-            write(b"\n")
+        """Write what waits; if the guest left its last line open, close it on stdout. Errors as
+        `write`."""
+        if self._show:
+            self.flush()
+            if not self.at_line_start:
+                write(b"\n")
+
+    def _serve(self) -> None:
+        """The thread for parts of lines."""
+        while True:
+            self._begun.wait()
+            time.sleep(FLUSH_S)
+            self._begun.clear()
+            try:
+                self.flush()
+            except OutputError as error:
+                self._error = error
+                if self.on_error is not None:
+                    self.on_error()
+                return
 
     @property
     def text(self) -> str:
