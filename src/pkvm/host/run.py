@@ -69,10 +69,11 @@ def kvm_run(vcpu: Vcpu) -> None:
                     vm.primary = vcpu
                 nr_lrs = gic.flush() if irqs and gic is not None else 0
                 results = sched.execute(runner, enter, vcpu.flags, vcpu.x0, nr_lrs)
-                if nr_lrs and gic is not None:
-                    gic.fold(nr_lrs)
-                if results is not None and _exited(vcpu, results):
-                    return
+                if results is not None:
+                    if nr_lrs and gic is not None:
+                        gic.fold(nr_lrs)
+                    if _exited(vcpu, results):
+                        return
             sched.breathe(runner)
     except KickedError:
         vcpu.exit_with(ExitReason.INTR)

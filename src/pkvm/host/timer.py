@@ -121,8 +121,9 @@ class Timers:
         self._clock = clock
         self._alarms: Alarms = alarms or _NoAlarms()
         self._physical: dict[GicCpu, PhysicalTimer] = {}
-        self._waiting: set[GicCpu] = set()
-        """vCPUs that an alarm may be for: about to sleep or asleep."""
+        self._waiting: dict[GicCpu, None] = {}
+        """vCPUs that an alarm may be for, about to sleep or asleep, in the order in which they
+        began to."""
         self.loaded: Callable[[], Vcpu | None] = lambda: None
         """The vCPU that the CPU has (`Host.loaded`)."""
         self._due = False
@@ -170,7 +171,7 @@ class Timers:
             self._sched.sleep(vcpu.runner)
             return
         # First the set, then a look at the timer: an alarm after that look finds the vCPU.
-        self._waiting.add(cpu)
+        self._waiting[cpu] = None
         try:
             self._sample(cpu)
             if not cpu.deliverable():
@@ -178,7 +179,11 @@ class Timers:
                 self._sched.sleep(vcpu.runner)
         finally:
             cpu.waiting = False
-            self._waiting.discard(cpu)
+            self._waiting.pop(cpu, None)
+
+    def woken(self, cpu: GicCpu) -> None:
+        """The vCPU waits no more, though its thread has not noticed yet."""
+        self._waiting.pop(cpu, None)
 
     def interrupt(self) -> bool:
         """A physical interrupt that is nobody's but the timers'. From any thread; with the real

@@ -68,6 +68,7 @@ class GicCpu:
         self.stale = True
         """The page's list registers are not what the list asks for."""
         self._nr_lrs = nr_lrs
+        self._ran_with_timer = False
         self._shown: list[Irq] = []
         """What the page's list registers hold, in order."""
         self._words: tuple[int, ...] = ()
@@ -76,17 +77,24 @@ class GicCpu:
 
     def flush(self) -> int:
         """Make the page's list registers what they should be; how many the vCPU enters with."""
-        vtimer = self.vtimer
-        if vtimer.home is self and vtimer.level and not vtimer.active and vtimer.sample is not None:
-            # The guest may have set its timer anew without taking the interrupt.
-            self.gic.set_level(vtimer, vtimer.sample())
+        if self._ran_with_timer:
+            self._ask_timer()
         if self.stale:
             self._fill()
         return len(self._shown)
 
+    def _ask_timer(self) -> None:
+        """The guest ran with its timer's interrupt pending. It may have set the timer anew without
+        taking that. Once after each run: it makes no difference how often `flush` is called."""
+        self._ran_with_timer = False
+        vtimer = self.vtimer
+        if vtimer.level and not vtimer.active and vtimer.sample is not None:
+            self.gic.set_level(vtimer, vtimer.sample())
+
     def fold(self, nr_lrs: int) -> None:
         """Take over what the guest did to the `nr_lrs` interrupts that it was entered with."""
         vcpu = self.vcpu
+        self._ran_with_timer = self.vtimer.home is self
         packed = _PACKED[nr_lrs]
         at = vcpu.page + HostVcpu.VGIC_LR
         words = packed.unpack(vcpu.vm.host.bus.read(at, packed.size))
@@ -117,7 +125,9 @@ class GicCpu:
         """An interrupt for this vCPU has come: wake it if it waits and could take it."""
         if self.waiting and self.deliverable():
             self.waiting = False
-            self.vcpu.vm.host.sched.wake(self.vcpu.runner)
+            host = self.vcpu.vm.host
+            host.timers.woken(self)
+            host.sched.wake(self.vcpu.runner)
 
     def forget(self) -> None:
         """The vCPU was reset: its page holds nothing, and its CPU interface has forgotten which
