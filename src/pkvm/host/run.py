@@ -57,6 +57,7 @@ def kvm_run(vcpu: Vcpu) -> None:
     try:
         while True:
             if runner.kicked:
+                sched.leave_kicked(runner)
                 raise KickedError
             if vcpu.mp_state is _STOPPED:
                 sched.sleep(runner)

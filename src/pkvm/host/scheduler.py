@@ -200,6 +200,19 @@ class Scheduler:
         if self._guest is runner:
             self._interrupt()
 
+    def leave_kicked(self, runner: Runner) -> None:
+        """`runner` was kicked and has nothing to wait for: come back when it may leave. Called and
+        left with the kernel lock held, which is released meanwhile."""
+        if not self._virtual or self._must_leave(runner):
+            return
+        self.lock.leave()
+        try:
+            with self._mutex:
+                while not self._must_leave(runner):
+                    self._wait(runner)
+        finally:
+            self.lock.enter()
+
     def execute(
         self, runner: Runner, run: Run, flags: int, x0: int, nr_lrs: int
     ) -> tuple[int, ...] | None:
