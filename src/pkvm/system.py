@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from pkvm.check.census import Census, census, private_to_guests, shared_by_guests
 from pkvm.events import Message, Recorder
@@ -32,6 +32,9 @@ from pkvm.machine.stage2 import Stage2Context, Stage2Fault
 from pkvm.trace.counting import CountingRecorder
 from pkvm.uapi.dialects import DEFAULT, DIALECTS, Firmware
 
+if TYPE_CHECKING:
+    from pkvm.check.door import CheckedSystem
+
 ClockName = Literal["real", "virtual"]
 
 DEFAULT_MEMORY = 256 << 20
@@ -48,7 +51,9 @@ class System:
     time is counted in guest code and a run repeats exactly. `misalign` makes host memory that no
     2 MiB block can map. `dialect` is what protected KVM the host and EL2 speak: "rfc", "android"
     or "upstream" (`uapi.dialects`); the last one has no guest firmware, whatever `firmware` is.
-    `memlock` is the VMM's RLIMIT_MEMLOCK in bytes; None is unlimited. Raises ValueError for a
+    `memlock` is the VMM's RLIMIT_MEMLOCK in bytes; None is unlimited. `check`: all invariants are
+    checked at each exit to the host, which ends in `check.door.InvariantError` where one does not
+    hold; slow. Raises ValueError for a
     memory that is too small and a dialect that there is not, FirmwareImageError,
     MemoryError, and EngineError if the CPU engine cannot work here.
     """
@@ -66,6 +71,7 @@ class System:
         misalign: bool = False,
         dialect: str = DEFAULT,
         memlock: int | None = None,
+        check: bool = False,
     ) -> None:
         if dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {dialect!r}; there are {', '.join(DIALECTS)}")
@@ -84,9 +90,17 @@ class System:
                 f"a machine of {memory >> 20} MiB is too small: EL2 takes {carveout >> 20} MiB"
             )
         self.recorder: Recorder = CountingRecorder() if recorder is None else recorder
+        self.checked: CheckedSystem | None = None
+        """Who checks, if `check` was asked for."""
+        if check:
+            # Imported here: no other run needs it.
+            from pkvm.check.door import CheckedSystem
+
+            self.checked = CheckedSystem(self.recorder)
+        recorder = self.checked or self.recorder
         self.protected = protected
         self.machine = Machine(
-            memory, virtual_clock=clock == "virtual", cpu_model=cpu_model, recorder=self.recorder
+            memory, virtual_clock=clock == "virtual", cpu_model=cpu_model, recorder=recorder
         )
         if host_dtb is None:
             node = (carveout_base - region_bytes, region_bytes) if image else None
@@ -100,21 +114,25 @@ class System:
             region = self._place_firmware(image, region, carveout_base)
         self.hyp = Hypervisor(
             self.machine,
-            self.recorder,
+            recorder,
             carveout=(carveout_base, carveout),
             firmware=region,
             protected=protected,
             policy=POLICIES[dialect],
         )
         self.hyp.initialise()
+        door = self.hyp.host_call
+        if self.checked is not None:
+            self.checked.attach(self.hyp)
+            door = self.checked.host_call
         counted = clock == "virtual"
         self.host = HostKernel(
             self.machine.host_bus,
-            self.hyp.host_call,
+            door,
             ram=_without(region, (RAM_BASE, carveout_base - RAM_BASE)),
             bus_faults=(Stage2Fault, BusError),
             clock=self.machine.clock,
-            recorder=self.recorder,
+            recorder=recorder,
             interrupt=self.machine.engine.interrupt,
             counter=self.machine.engine if counted else None,
             dma_base=DMA_BASE,
@@ -214,6 +232,7 @@ class Options(TypedDict, total=False):
     misalign: bool
     dialect: str
     memlock: int | None
+    check: bool
 
 
 def open(backend: str = "model", **options: Unpack[Options]) -> Kvm:

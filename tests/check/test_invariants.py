@@ -60,6 +60,7 @@ def scene() -> Scene:
     rig.mem.host_share_hyp(first + WITH_HYP)
     rig.host_bus.read((first + FREE) << 12, 8)
     assert check(rig.mem, rig.vms) == []
+    rig.recorder.watch = None
     return Scene(rig, vm, borrower)
 
 

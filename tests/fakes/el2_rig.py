@@ -16,6 +16,7 @@ from fakes import a64
 from fakes.memory_rig import EventList
 from pkvm.arm64.registers import PSTATE_RESET, SCTLR_EL1, SCTLR_EL1_RESET
 from pkvm.check.invariants import Snapshot, check_hyp
+from pkvm.check.watch import Watch
 from pkvm.events import Refusal
 from pkvm.hyp.abi import (
     CONTEXT_SYSREGS,
@@ -90,6 +91,7 @@ class El2:
         )
         self.policy = policy
         self.hyp.initialise()
+        self.recorder.watch = Watch(self.hyp.mem, self.hyp.table.find, self.hyp.table.vms)
         self.bus = self.machine.host_bus
         self.engine = self.machine.engine
         self._next = memory.ram_base

@@ -9,7 +9,8 @@ import pytest
 
 from pkvm.arm64.stage2 import ANNOTATION_POISONED, PAGE_SIZE, PageState
 from pkvm.check.invariants import PrivacyWatch, Snapshot, check
-from pkvm.events import Event
+from pkvm.check.watch import Watch
+from pkvm.events import Event, Transition
 from pkvm.hyp.errors import Refused
 from pkvm.hyp.mem_protect import MemProtect, carveout_bytes
 from pkvm.hyp.memcache import Memcache
@@ -36,13 +37,16 @@ class RigVm:
 
 
 class EventList:
-    """Keeps every event."""
+    """Keeps every event; looks at the pages of each transition."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.watch: Watch | None = None
 
     def record(self, event: Event, /) -> None:
         self.events.append(event)
+        if self.watch is not None and isinstance(event, Transition):
+            assert self.watch.look(event) == [], event
 
 
 class Rig:
@@ -90,6 +94,7 @@ class Rig:
         self.secure: set[int] = set()
         """PFNs that the host shares with the secure world."""
         self._watch = PrivacyWatch()
+        self.recorder.watch = Watch(self.mem, self.find_vm, lambda: self.vms)
 
     def _guest_tlbi(self) -> None:
         self.guest_flushes += 1

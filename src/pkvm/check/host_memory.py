@@ -99,7 +99,7 @@ def _translates(
 ) -> Mask:
     """Which of these cached translations, of `size` bytes each, the tree still gives."""
     forest = view.forest
-    entries, levels = forest.lookup(tree, ipas >> PAGE_SHIFT)
+    entries, levels, _ = forest.lookup(tree, ipas >> PAGE_SHIFT)
     sizes = np.left_shift(PAGE_SIZE, 9 * (LAST_LEVEL - levels))
     is_page = levels == LAST_LEVEL
     good: Mask = np.where(is_page, entries & 3 == 3, entries & 3 == 1)

@@ -115,6 +115,7 @@ class Forest:
     """All trees, but for what the tables of the last level hold."""
 
     def __init__(self, memory: PhysicalMemory, trees: Sequence[Tree]) -> None:
+        self._memory = memory
         self.trees = trees
         self.grid = memory.u64.reshape(-1, TABLE_ENTRIES)
         """All RAM as tables, by page number."""
@@ -140,24 +141,9 @@ class Forest:
         )
         """Blocks, and whatever else stands above the last level."""
 
-    def lookup(self, tree: int, frames: Numbers) -> tuple[Entries, Numbers]:
-        """Where the walks of frames end in a tree: the entries, and their levels."""
-        context = self.trees[tree].context
-        words = self.grid.reshape(-1)
-        shift = 9 * (LAST_LEVEL - context.start_level)
-        index = ((context.root >> PAGE_SHIFT) - self._base << 9) + (frames >> shift)
-        entries = words[index]
-        levels = np.full(frames.size, context.start_level)
-        for level in range(context.start_level + 1, LAST_LEVEL + 1):
-            pages = (entries & np.uint64(ADDRESS_MASK)).astype(np.int64) >> PAGE_SHIFT
-            pages -= self._base
-            down = (entries & _TYPE == _TYPE) & (pages >= 0) & (pages < self._npages)
-            down &= levels == level - 1
-            shift = 9 * (LAST_LEVEL - level)
-            below = (pages[down] << 9) + (frames[down] >> shift & TABLE_ENTRIES - 1)
-            entries[down] = words[below]
-            levels[down] = level
-        return entries, levels
+    def lookup(self, tree: int, frames: Numbers) -> tuple[Entries, Numbers, Numbers]:
+        """As the function `lookup`, in a tree."""
+        return lookup(self._memory, self.trees[tree].context, frames)
 
     def _roots(self, level: int) -> Iterator[Tables]:
         """The root tables of the trees that start at `level`."""
@@ -198,6 +184,28 @@ class Forest:
             name = self.trees[tree].name
             self.problems.append(f"P5: the table of {name} for frame {frame:#x} is not in RAM")
         return tables.part(inside)
+
+
+def lookup(
+    memory: PhysicalMemory, context: Stage2Context, frames: Numbers
+) -> tuple[Entries, Numbers, Numbers]:
+    """Where the walks of many frames end: the entries, their levels, and the page numbers within
+    RAM of the tables that they are in."""
+    base, npages = memory.ram_base >> PAGE_SHIFT, memory.ram_bytes >> PAGE_SHIFT
+    shift = 9 * (LAST_LEVEL - context.start_level)
+    index = ((context.root >> PAGE_SHIFT) - base << 9) + (frames >> shift)
+    entries = memory.u64[index]
+    levels = np.full(frames.size, context.start_level)
+    for level in range(context.start_level + 1, LAST_LEVEL + 1):
+        pages = ((entries & np.uint64(ADDRESS_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        pages -= base
+        down = (entries & _TYPE == _TYPE) & (pages >= 0) & (pages < npages)
+        down &= levels == level - 1
+        shift = 9 * (LAST_LEVEL - level)
+        index = np.where(down, (pages << 9) + (frames >> shift & TABLE_ENTRIES - 1), index)
+        entries = memory.u64[index]
+        levels[down] = level
+    return entries, levels, index >> 9
 
 
 def _none() -> Numbers:

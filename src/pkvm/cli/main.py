@@ -7,6 +7,7 @@ Exit statuses (`pkvm --help` lists them too):
     1    the guest ended otherwise, or could not be run
     2    bad usage or bad input: nothing was run
     3    an attempt of the host on the guest's private memory got through
+    4    an invariant did not hold (--check)
     124  the time limit was reached
     130  interrupted
     141  whoever read the output went away
@@ -94,6 +95,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _words(error: Exception) -> tuple[str, int]:
     """The line for an error, and the exit status."""
+    from pkvm.check.door import InvariantError
     from pkvm.fdt import FdtError
     from pkvm.firmware.image import FirmwareImageError
     from pkvm.machine.cpu.errors import EngineError
@@ -103,6 +105,8 @@ def _words(error: Exception) -> tuple[str, int]:
     match error:
         case LoadError() | FdtError() | FirmwareImageError():
             return str(error), status.USAGE
+        case InvariantError():
+            return str(error), status.BROKEN
         case MemoryError():
             return f"{str(error) or 'out of memory'}: choose less with --memory", status.FAILED
         case OSError(filename=None):

@@ -46,6 +46,8 @@ class Result(NamedTuple):
     """Of the virtio devices."""
     dialect: str = DEFAULT
     """What protected KVM the host speaks."""
+    checked: tuple[int, int] | None = None
+    """With --check: exits to the host and transitions after which every invariant held."""
 
     @property
     def status(self) -> int:
@@ -116,6 +118,9 @@ def as_json(result: Result) -> str:
         "messages": [f"{message.source}: {message.text}" for message in counts.messages()],
         "notes": _notes(result),
         "events": counts.totals(),
+        "checked": dict(zip(("exits", "transitions"), result.checked, strict=True))
+        if result.checked
+        else None,
         "restarts": result.restarts,
         "seconds": round(result.seconds, 6),
     }
@@ -137,6 +142,7 @@ def as_text(result: Result, paint: Paint) -> str:
         f"{paint('Exits to the host', 'title')}: {_list(result.counts.counts(GuestExit))}",
         f"{paint('Served by EL2', 'title')}: {_list(result.counts.counts(GuestTrap))}",
         f"{paint('Hypercalls of the guest', 'title')}: {_list(_hypercalls(result.counts))}",
+        *_checked_lines(result, paint),
         "",
         *_probe_lines(result.probes, protected=result.vmm.protected, paint=paint),
     ]
@@ -153,6 +159,14 @@ def as_text(result: Result, paint: Paint) -> str:
     if notes:
         lines += ["", paint("Notes", "title"), *(f"  {note}" for note in notes)]
     return "\n".join(lines)
+
+
+def _checked_lines(result: Result, paint: Paint) -> list[str]:
+    if result.checked is None:
+        return []
+    exits, transitions = result.checked
+    held = f"all held at {exits} exits to the host and after {transitions} changes of ownership"
+    return [f"{paint('Invariants', 'title')}: {paint(held, 'good')}"]
 
 
 def _by_owner(census: Census) -> dict[str, dict[str, int]]:

@@ -21,6 +21,7 @@ from pkvm.vmm.vmm import Moment, Outcome, Vmm
 
 if TYPE_CHECKING:
     from pkvm.check.census import Census
+    from pkvm.check.door import CheckedSystem
     from pkvm.system import System
     from pkvm.trace.jsonl import JsonLinesRecorder
 
@@ -52,6 +53,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="draws the sample of pages and a kernel's seeds (default: 0 for the pages, and with "
         "the virtual clock for both)",
+    )
+    group.add_argument(
+        "--check",
+        action="store_true",
+        help="check every invariant at each exit to the host (slow)",
     )
     group.add_argument("--trace", metavar="FILE", help="write every event as a JSON line")
     group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -92,8 +98,14 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         if args.trace is not None:
             trace = stack.enter_context(_traced(args.trace, counting))
         system = options.make_system(
-            args, counting if trace is None else trace, wanted.board.ram_bytes, firmware=firmware
+            args,
+            counting if trace is None else trace,
+            wanted.board.ram_bytes,
+            firmware=firmware,
+            check=args.check,
         )
+        # After the system's end: what is broken breaks more when the rest is taken apart.
+        stack.callback(_blame, system.checked)
         stack.callback(system.close)
         if trace is not None:
             trace.now_ns = system.machine.clock.now_ns
@@ -138,10 +150,19 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         virtio.traffic(),
         virtio.faults,
         args.dialect,
+        None if system.checked is None else (system.checked.exits, system.checked.transitions),
     )
     paint = terminal.painter(sys.stdout)
     terminal.write_line(as_json(result) if args.json else as_text(result, paint))
     return result.status
+
+
+def _blame(checked: CheckedSystem | None) -> None:
+    """Raises InvariantError if that is what went wrong first."""
+    if checked is not None and checked.problems:
+        from pkvm.check.door import InvariantError
+
+        raise InvariantError(checked.problems)
 
 
 def _calendar(system: System) -> Callable[[], int]:

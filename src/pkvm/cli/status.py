@@ -7,6 +7,7 @@ OK = 0
 FAILED = 1
 USAGE = 2
 GOT_THROUGH = 3
+BROKEN = 4
 TIMEOUT = 124
 INTERRUPTED = 130
 PIPE = 141
@@ -16,6 +17,7 @@ WORDS = {
     FAILED: "the guest ended otherwise, or could not be run",
     USAGE: "bad usage or bad input: nothing was run",
     GOT_THROUGH: "an attempt of the host on the guest's private memory got through",
+    BROKEN: "an invariant did not hold (--check)",
     TIMEOUT: "the time limit was reached",
     INTERRUPTED: "interrupted",
     PIPE: "whoever read the output went away",

@@ -168,6 +168,11 @@ class Bus:
                 for size, table in tlb.tables()
             ]
 
+    def holds(self, ipa: int) -> bool:
+        """Whether the TLB has a translation of `ipa`, for any access."""
+        with self._lock:
+            return self._loads.find(ipa) is not None or self._stores.find(ipa) is not None
+
     def read(self, ipa: int, length: int) -> bytes:
         """Load `length` bytes. Raises Stage2Fault where refused, BusError where nothing answers,
         ValueError for a negative length. A device answers 1, 2, 4 or 8 bytes."""
