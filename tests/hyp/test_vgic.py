@@ -13,7 +13,7 @@ from fakes import a64
 from fakes.el2_rig import INCREMENT_PC, PAGE, RAM_IPA, El2, Guest
 from pkvm.arm64 import gic as g
 from pkvm.arm64 import registers as r
-from pkvm.arm64.psci import Function
+from pkvm.arm64.psci import Affinity, Function
 from pkvm.hyp.abi import ExitCode, HostCall, HostVcpu, RunResult
 
 DAIFCLR_IRQ = 0xD503_42FF
@@ -325,6 +325,26 @@ def test_cpu_on_starts_with_a_reset_interface(el2: El2) -> None:
         assert guest.run(1, flags=INCREMENT_PC) == ExitCode.TRAP
         assert el2.engine.gic.ap1r == 0xFF
         guest.run(0, flags=INCREMENT_PC)
+
+
+def test_an_interrupt_from_before_cpu_off_comes_again_after_cpu_on(el2: El2) -> None:
+    """The vCPU stays on the CPU meanwhile, and its list registers are the same."""
+    guest = Guest(el2, [0] * 64, vcpus=2)
+    second = RAM_IPA + 0x800
+    on = [*a64.mov(0, Function.CPU_ON_64), *a64.mov(1, 1), *a64.mov(2, second), a64.HVC]
+    off = [*a64.mov(0, Function.CPU_OFF), a64.HVC]
+    memory = el2.machine.memory
+    memory.write(guest.ram, a64.code([*on, *LEAVE]))
+    memory.write(guest.ram + 0x800, a64.code([*OPEN, a64.mrs(7, r.ICC_HPPIR1_EL1), *off]))
+    guest.run(0)
+    guest.run(0)
+    vcpu = guest.vcpu(1)
+    give(guest, pending(40), index=1)
+    for _ in range(2):
+        assert guest.run(1, nr_lrs=1) == ExitCode.TRAP
+        assert (guest.ec(), el2.engine.x[7]) == (0x16, 40)
+        el2.engine.x[7] = 0
+        vcpu.power, vcpu.entry_pc = Affinity.ON_PENDING, second
 
 
 def test_the_end_of_a_vm_leaves_nothing_in_the_cpu(el2: El2) -> None:

@@ -51,6 +51,8 @@ class VirtualGic:
         """The list registers as the host's page has them, if it has not touched them since."""
         self._hcr = 0
         """Its VGIC_HCR likewise."""
+        self._loads = 0
+        """`VirtualCpuInterface.loads` then: a reset of the vCPU empties the list registers."""
 
     def load(self, vcpu: Vcpu, nr_lrs: int) -> None:
         """Before the resident vCPU runs: `nr_lrs` list registers from the host's page."""
@@ -59,13 +61,14 @@ class VirtualGic:
         lrs = page[_LR : _LR + nr].tolist()
         hcr = page[_HCR] if nr else 0
         dirt = hcr & ~g.HCR_MAINTENANCE
-        if lrs == self.loaded and hcr == self._hcr and not dirt and not interface.misr:
+        same = lrs == self.loaded and hcr == self._hcr and interface.loads == self._loads
+        if same and not dirt and not interface.misr:
             return
         clean = [lr & (_ALLOWED_WITH_HW if lr & g.LR_HW else _ALLOWED) for lr in lrs]
         interface.load(clean, hcr)
         if dirt or clean != lrs:
             interface.changed = True
-        self.loaded, self._hcr = lrs, hcr
+        self.loaded, self._hcr, self._loads = lrs, hcr, interface.loads
 
     def publish(self, vcpu: Vcpu) -> None:
         """After the run: give the list registers back, and what the guest made of the rest."""

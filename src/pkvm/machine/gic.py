@@ -48,13 +48,14 @@ class VirtualCpuInterface:
     maintenance interrupt, called whenever one is asserted after a change.
 
     `lr` are the list registers. `changed`: the state is not what EL2 loaded or fetched last, or a
-    maintenance interrupt was asserted.
+    maintenance interrupt was asserted. `loads` counts how often the list registers were loaded.
     """
 
     def __init__(self, drive: Callable[[bool, bool], None], maintain: Callable[[], None]) -> None:
         self._drive = drive
         self._maintain = maintain
         self.changed = False
+        self.loads = 0
         self.lr = [0] * g.LIST_REGISTERS
         self._enables = 0
         self._watched = False
@@ -139,6 +140,7 @@ class VirtualCpuInterface:
         self.eoicount = 0
         self.enabled = True
         self.changed = False
+        self.loads += 1
         self._update()
 
     def load_context(self, vmcr: int, ap0r: int, ap1r: int) -> None:
