@@ -248,10 +248,12 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.NONPROTECTED: Rule("trap"),
     ExitClass.TRNG: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=_entropy),
 }
-# The columns of RULES, by class: what every exit and entry looks up.
-_BY_NUMBER = tuple(RULES[one] for one in ExitClass)
-_PUBLISHED = tuple(
-    (
+
+
+def _published(
+    rule: Rule,
+) -> tuple[str, int, int, int, int, int, int, Source | None]:
+    return (
         rule.reason,
         int(rule.code),
         rule.esr,
@@ -261,9 +263,15 @@ _PUBLISHED = tuple(
         rule.endian,
         rule.value,
     )
-    for rule in _BY_NUMBER
-)
-_ACCEPTED = tuple((rule.answer, rule.pending, rule.advance, rule.result) for rule in _BY_NUMBER)
+
+
+def _accepted(rule: Rule) -> tuple[Answer | None, Pending | None, bool, Result | None]:
+    return rule.answer, rule.pending, rule.advance, rule.result
+
+
+# The columns of RULES, by class: what every exit and entry looks up.
+_PUBLISHED = [_published(RULES[one]) for one in ExitClass]
+_ACCEPTED = [_accepted(RULES[one]) for one in ExitClass]
 _TRAP = int(ExitCode.TRAP)
 _IRQ = int(ExitClass.IRQ)
 _DABT_FAR, _DABT_HPFAR, _DABT_MODE, _DABT_ENDIAN = (
