@@ -42,6 +42,7 @@ def kvm_run(vcpu: Vcpu) -> None:
     vm.ran = True
     if vm.primary is not vcpu:
         _check_role(vcpu)
+    answered = vcpu.mmio is not None
     if vcpu.mmio is not None:
         exits.complete_mmio(vcpu, vcpu.mmio)
     if vcpu.run[_IMMEDIATE_EXIT]:
@@ -68,7 +69,8 @@ def kvm_run(vcpu: Vcpu) -> None:
                     _load(vcpu)
                 if vm.primary is None and vm.elects_primary:
                     vm.primary = vcpu
-                nr_lrs = gic.flush() if irqs and gic is not None else 0
+                nr_lrs = gic.flush(look=not answered) if irqs and gic is not None else 0
+                answered = False
                 results = sched.execute(runner, enter, vcpu.flags, vcpu.x0, nr_lrs)
                 if results is not None:
                     if nr_lrs and gic is not None:
