@@ -96,7 +96,7 @@ def test_a_non_protected_load_fills_its_register(more: int, answer: bytes, expec
         machine.run()
         machine.answer(answer)
     machine.run()
-    both = VcpuFlag.INCREMENT_PC | VcpuFlag.DIRTY
+    both = VcpuFlag.INCREMENT_PC | VcpuFlag.DIRTY_X
     assert seen == [expected, both, 3, VcpuFlag.INCREMENT_PC]
     assert machine.mmio()[1][0] == 0x77
     machine.run()

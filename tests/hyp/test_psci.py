@@ -34,7 +34,7 @@ class Caller:
         self.begin(*args, vcpu=vcpu)
         guest, engine = self.guest, self.el2.engine
         assert guest.ec(vcpu) == 1, "the call exited to the host"
-        assert engine.x[1:4].tolist() == [0, 0, 0]  # type: ignore[attr-defined]
+        assert engine.x[1:4].tolist() == [0, 0, 0]
         return engine.x[0]
 
     def begin(self, *args: int, vcpu: int = 0) -> ExitCode:
@@ -54,7 +54,7 @@ class Caller:
         """The host's answer to an exit: X0 that the guest gets."""
         self.guest.run(vcpu, x0=x0)
         engine = self.el2.engine
-        assert engine.x[1:4].tolist() == [0, 0, 0]  # type: ignore[attr-defined]
+        assert engine.x[1:4].tolist() == [0, 0, 0]
         return engine.x[0]
 
     def power(self, vcpu: int) -> int:

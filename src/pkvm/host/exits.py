@@ -104,7 +104,7 @@ def _load_register(vcpu: Vcpu, size: int, esr: int, data: int) -> None:
         data -= 1 << 8 * size
     data &= MASK64 if esr & syndrome.SF else _W_MASK
     vcpu.set_word(HostVcpu.X + 8 * register, data)
-    vcpu.mark_dirty()
+    vcpu.mark_x_dirty()
 
 
 def _hyp_request(vcpu: Vcpu, results: Results) -> bool:

@@ -135,7 +135,7 @@ def answer(vcpu: Vcpu, x0: int, x1: int = 0, x2: int = 0, x3: int = 0) -> None:
     """Give a guest whose registers the host sets X0-X3."""
     for n, value in enumerate((x0, x1, x2, x3)):
         vcpu.set_word(HostVcpu.X + 8 * n, value)
-    vcpu.mark_dirty()
+    vcpu.mark_x_dirty()
 
 
 def _constant(vcpu: Vcpu, function: int, x1: int) -> tuple[int, ...]:

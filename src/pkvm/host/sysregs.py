@@ -53,7 +53,7 @@ def access(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
             vcpu.x0 = value
         elif register != _XZR:
             vcpu.set_word(HostVcpu.X + 8 * register, value)
-            vcpu.mark_dirty()
+            vcpu.mark_x_dirty()
     vcpu.tell(VcpuFlag.INCREMENT_PC)
     return True
 

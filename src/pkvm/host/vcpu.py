@@ -27,6 +27,7 @@ _WORD = struct.Struct("<Q")
 _EXIT_REASON = Run.EXIT_REASON >> 2
 SCTLR_OFFSET = HostVcpu.SYSREGS + 8 * CONTEXT_SYSREGS.index(SCTLR_EL1)
 _DIRTY = int(VcpuFlag.DIRTY)
+_DIRTY_X = int(VcpuFlag.DIRTY_X)
 _POWER_OFF = 1 << VcpuFeature.POWER_OFF
 _SUPPORTED = _POWER_OFF | 1 << VcpuFeature.PSCI_0_2
 _KNOWN = (1 << len(VcpuFeature)) - 1
@@ -132,13 +133,18 @@ class Vcpu:
         if not self.vm.isolated:
             self.flags |= _DIRTY
 
+    def mark_x_dirty(self) -> None:
+        """As `mark_dirty`, if X0-X30 alone were changed since an exit for the host."""
+        if not self.flags & _DIRTY:
+            self.flags |= _DIRTY_X
+
     def forget_dirty(self) -> None:
         """The VM became protected: EL2 takes from the page what the RFC lets it, nothing else."""
         self.flags = 0
 
     def sync(self) -> None:
-        """Bring the page up to date with EL2, for a non-protected vCPU that is loaded. While the
-        page is dirty it is EL2 that lags behind."""
+        """Bring the page up to date with EL2, for a vCPU that is loaded and whose registers the
+        host sees. While the page is dirty it is EL2 that lags behind."""
         clean = not self.vm.isolated and not self.flags & _DIRTY
         if clean and self.vm.host.loaded is self:
             self.vm.host.el2.call(HostCall.VCPU_SYNC_STATE)

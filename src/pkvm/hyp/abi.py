@@ -159,7 +159,9 @@ class VcpuFlag(IntFlag):
     INCREMENT_PC = 1
     PENDING_EXCEPTION = 2
     DIRTY = 4
-    """Non-protected only: the host changed the registers in its page."""
+    """Not if EL2 keeps the registers: the host changed those in its page."""
+    DIRTY_X = 8
+    """Likewise: of those X0-X30 alone."""
 
 
 class HostVm:

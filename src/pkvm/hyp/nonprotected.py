@@ -2,14 +2,16 @@
 """vCPUs of which the host sees and sets everything: non-protected ones, and those of protected
 VMs in a dialect that protects memory alone (facts §5.3).
 
-The contract. Every exit but IRQ is TRAP: the host's page then holds the vCPU's
-whole state, and RunResult has ESR, FAR, HPFAR and PSTATE as the hardware gave
-them, and 0 in X0 and SCTLR_EE. After an IRQ exit the
-page is not current; VCPU_SYNC_STATE or VCPU_PUT makes it so. The flags of the next
-VCPU_RUN are:
+The contract. Every exit but IRQ is TRAP: the host's page then holds X0-X30, PC,
+PSTATE and SCTLR_EL1, which is what serving an exit takes, and RunResult has ESR,
+FAR, HPFAR and PSTATE as the hardware gave them, and 0 in X0 and SCTLR_EE. The rest
+of the page, and all of it after an IRQ exit, is not current until VCPU_SYNC_STATE
+or VCPU_PUT makes it so. The flags of the next VCPU_RUN are:
 
+* DIRTY_X if it changed X0-X30 in the page and nothing else.
 * DIRTY if it changed any register in the page: EL2 takes the whole page, which
-  must have been current (or is all the host's, as after a reset).
+  must have been current (or is all the host's, as after a reset); of a page that
+  was not, X0-X30, PC and PSTATE.
 * INCREMENT_PC: PC + 4, after that.
 * PENDING_EXCEPTION instead: UNDEFINED, or an external abort if the exit was one.
 
@@ -38,6 +40,7 @@ from pkvm.arm64.registers import (
     PSTATE_MODE_MASK,
     PSTATE_NZCV,
     PSTATE_PAN,
+    SCTLR_EL1,
     SysReg,
 )
 from pkvm.arm64.stage2 import LAST_LEVEL
@@ -68,6 +71,12 @@ _SPSR_EL1 = HostVcpu.SPSR_EL1 >> 3
 _SYSREGS = HostVcpu.SYSREGS >> 3
 _FP = HostVcpu.FP >> 3
 _FP_WORDS = 65
+_SCTLR_NUMBER = CONTEXT_SYSREGS.index(SCTLR_EL1)
+_SCTLR = _SYSREGS + _SCTLR_NUMBER
+_SHOWN, WHOLE = 1, 2
+"""How much of the host's page is current: `Vcpu.page_is_current`."""
+_DIRTY, _DIRTY_X = int(VcpuFlag.DIRTY), int(VcpuFlag.DIRTY_X)
+_TRAP = int(ExitCode.TRAP)
 _MODES = (PSTATE_EL0T, PSTATE_EL1T, PSTATE_EL1H)
 """What PSTATE.M may be: never EL2 or AArch32."""
 _SSBS = 1 << 12
@@ -108,16 +117,22 @@ class NonProtected:
         AArch64 state; nothing has changed then."""
         page = vcpu.page
         engine = self._engine
-        dirty = flags & VcpuFlag.DIRTY
-        if dirty or not vcpu.started:
+        if flags & _DIRTY or not vcpu.started:
             pstate = page[PSTATE] & _PSTATE_BITS
             if pstate & PSTATE_MODE_MASK not in _MODES:
                 return False
+            whole = not vcpu.started or vcpu.page_is_current == WHOLE
             if not vcpu.started:
                 reset(engine, vcpu)
-            self._take_general(vcpu, pstate)
-            if dirty:
+            engine.x[:_NR_X] = page[X0 : X0 + _NR_X]
+            engine.pc = page[_PC]
+            engine.pstate = pstate
+            if whole:
+                self._take_banked(vcpu)
+            if whole and flags & _DIRTY:
                 self._take_rest(vcpu)
+        elif flags & _DIRTY_X:
+            engine.x[:_NR_X] = page[X0 : X0 + _NR_X]
         vcpu.page_is_current = 0
         trapped = vcpu.exit_class == ExitClass.NONPROTECTED
         vcpu.exit_class = ExitClass.IRQ
@@ -156,8 +171,8 @@ class NonProtected:
         vcpu.exit_esr = esr
         vcpu.exit_far = far
         vcpu.exit_hpfar = hpfar
-        self.sync(vcpu)
-        self.results = (SMCCC_SUCCESS, int(ExitCode.TRAP), esr, 0, far, hpfar, engine.pstate, 0)
+        self._show(vcpu)
+        self.results = (SMCCC_SUCCESS, _TRAP, esr, 0, far, hpfar, engine.pstate, 0)
         ec = esr >> EC_SHIFT
         ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if ec in _ABORTS else NO_ADDRESS
         reason = _REASONS.get(ec, "trap")
@@ -170,35 +185,41 @@ class NonProtected:
         self._record(GuestExit(vcpu.handle, vcpu.index, "irq", 0))
 
     def sync(self, vcpu: Vcpu) -> None:
-        """Make the host's page current, if it is not."""
-        if vcpu.page_is_current:
+        """Make all of the host's page current; what is so already, and maybe changed by the host,
+        stays as it is."""
+        if vcpu.page_is_current == WHOLE:
             return
+        if not vcpu.page_is_current:
+            self._show(vcpu)
         engine = self._engine
         page = vcpu.page
-        for number in range(_NR_X):
-            page[X0 + number] = engine.x[number]
         page[_SP_EL0] = engine.sp(0)
-        page[_PC] = engine.pc
-        page[PSTATE] = engine.pstate
         page[_SP_EL1] = engine.sp(1)
         page[_ELR_EL1] = engine.elr_el1()
         page[_SPSR_EL1] = engine.spsr_el1()
         for number, register in enumerate(CONTEXT_SYSREGS):
-            page[_SYSREGS + number] = engine.read_sysreg(register)
+            if number != _SCTLR_NUMBER:
+                page[_SYSREGS + number] = engine.read_sysreg(register)
         page[_FP : _FP + _FP_WORDS] = memoryview(engine.fp_registers()).cast("Q")
-        vcpu.page_is_current = 1
+        vcpu.page_is_current = WHOLE
 
-    def _take_general(self, vcpu: Vcpu, pstate: int) -> None:
+    def _show(self, vcpu: Vcpu) -> None:
+        """Put into the host's page what serving an exit takes."""
         engine = self._engine
         page = vcpu.page
-        for number in range(_NR_X):
-            engine.x[number] = page[X0 + number]
+        page[X0 : X0 + _NR_X] = engine.x[:_NR_X]
+        page[_PC] = engine.pc
+        page[PSTATE] = engine.pstate
+        page[_SCTLR] = engine.exit_state()[2]
+        vcpu.page_is_current = _SHOWN
+
+    def _take_banked(self, vcpu: Vcpu) -> None:
+        engine = self._engine
+        page = vcpu.page
         engine.set_sp(0, page[_SP_EL0])
         engine.set_sp(1, page[_SP_EL1])
         engine.set_elr_el1(page[_ELR_EL1])
         engine.set_spsr_el1(page[_SPSR_EL1] & _SPSR_BITS)
-        engine.pc = page[_PC]
-        engine.pstate = pstate
 
     def _take_rest(self, vcpu: Vcpu) -> None:
         """System registers, of which only those that changed are written (some writes flush the

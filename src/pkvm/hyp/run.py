@@ -23,7 +23,7 @@ from pkvm.hyp import reset
 from pkvm.hyp.abi import ExitCode
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.exits import ExitClass, Exits, nothing_but
-from pkvm.hyp.nonprotected import NonProtected
+from pkvm.hyp.nonprotected import WHOLE, NonProtected
 from pkvm.hyp.policy import Isolation, Policy
 from pkvm.hyp.timer import Timers
 from pkvm.hyp.traps import WAIT_TRAPS, control_registers, hcr_of
@@ -272,6 +272,6 @@ class PhysicalCpu:
     def _sync(self, vcpu: Vcpu) -> None:
         """Make the host's page of a vCPU that is not isolated current; before the first entry it is
         the host's."""
-        if vcpu.started and not vcpu.page_is_current:
+        if vcpu.started and vcpu.page_is_current != WHOLE:
             self._switch_to(vcpu)
             self._nonprotected.sync(vcpu)

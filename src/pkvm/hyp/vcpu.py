@@ -46,7 +46,7 @@ class Vcpu(Area):
     exit_function = Word(0x3C30)
     """SMCCC function id of an exit for a call."""
     page_is_current = Word(0x3C38)
-    """Non-protected: 1 while the host's page holds the whole state of the vCPU."""
+    """Not isolated: how much of the vCPU's state the host's page holds (`nonprotected`)."""
     power = Word(0x3C40)
     """`psci.Affinity`, of a protected vCPU."""
     entry_pc = Word(0x3C48)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 from unicorn import arm64_const
 
@@ -54,7 +53,7 @@ class CpuContext:
     After `detach` the registers are a private copy: reading and writing them is harmless.
     """
 
-    x: MutableSequence[int]
+    x: memoryview[int]
     syndrome: Callable[[], int]
     exit_state: Callable[[], tuple[int, int, int, int, int]]
     """`CpuEngine.syndrome` and `CpuEngine.exit_state`: one call of C code each."""
@@ -82,8 +81,7 @@ class CpuContext:
         self._halves: memoryview[int] = self._state.cast("I")
         first = layout.xregs
         self._x: memoryview[int] = self._state[first : first + 31 * 8].cast("Q")
-        # A memoryview lacks insert and its kin, which nobody may call on registers.
-        self.x = cast("MutableSequence[int]", self._x)
+        self.x = self._x
         self._xregs = layout.xregs
         self._pc_word = layout.pc >> 3
         self._sp_word = (layout.xregs >> 3) + 31

@@ -26,7 +26,7 @@ The TLB has no VMID tags: `load_context` flushes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class StopReason(Enum):
 class CpuEngine(Protocol):
     """One physical CPU; see the module's text for the contract."""
 
-    x: MutableSequence[int]
+    x: memoryview[int]
     """X0-X30 as unsigned 64-bit numbers, 31 entries or more. XZR is not stored: index < 31."""
 
     vector: Callable[[], bool]
