@@ -147,6 +147,7 @@ class UnicornEngine(CpuContext):
         self._reason: StopReason | None = None
         self._error: BaseException | None = None
         cpu_models.hide_half_precision(addresses.env + LAYOUT.isar_id_aa64pfr0)
+        cpu_models.shrink_unused_tlbs(addresses.env, LAYOUT)
         self.gic = VirtualCpuInterface(self._set_lines, self._interrupt_self)
         self._gic_registers = gic_registers.define(
             library, LAYOUT, addresses.cpu, self.gic.guest_registers()

@@ -38,6 +38,17 @@ class UnicornLayout:
     cpu_env: int = 41808
     """ARMCPU.env. Moves."""
 
+    # CPUTLB, in front of CPUARMState
+    tlb_masks: int = -208
+    """Counted from env: for each of `tlb_modes` translation regimes a u64, the number of its TLB
+    entries less one, times `tlb_entry_bytes`, and a pointer to them."""
+    tlb_modes: int = 12
+    tlb_entry_bytes: int = 64
+    tlb_entries: int = 256
+    """At first."""
+    tlb_guest_modes: tuple[int, ...] = (0, 2, 4)
+    """EL0, EL1, EL1 with PAN, all non-secure: what a guest uses."""
+
     # CPUARMState
     xregs: int = 64
     """X0-X30; the 32nd word is the stack pointer in use."""
