@@ -105,3 +105,22 @@ def test_ptdump_says_when_the_guest_did_not_power_off(
     image.write_bytes(RESET)
     assert main(["ptdump", str(image), "--json"]) == status.FAILED
     assert json.loads(capsys.readouterr().out)["outcome"] == "reset"
+
+
+def test_features_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--features", "--cpu", "max"]) == status.OK
+    text = capsys.readouterr().out
+    hidden = text.split("It does not get:")[1].split("It gets")[0]
+    assert "SVE" in hidden
+    assert "AArch32 at EL0" in hidden
+    assert "UNDEFINED" in hidden
+
+
+def test_features_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--features", "--json"]) == status.OK
+    facts = json.loads(capsys.readouterr().out)
+    features = {feature["name"]: feature for feature in facts["features"]}
+    assert not facts["ptrauth_on_request"]
+    assert features["performance monitors (PMU)"]["given"] == "hidden"
+    assert features["performance monitors (PMU)"]["why"]
+    assert features["AES"]["given"] == "whole"

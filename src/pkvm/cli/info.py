@@ -7,7 +7,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 import pkvm
-from pkvm.cli import options, status, terminal
+from pkvm.cli import cpu_features, options, status, terminal
 from pkvm.trace.counting import CountingRecorder
 from pkvm.uapi.dialects import ROWS, Creation
 from pkvm.uapi.kvm import TYPE_PROTECTED, Cap
@@ -21,6 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     options.add_machine_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="say what a protected guest gets of the CPU, what it does not get, and why",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -28,6 +33,8 @@ def execute(args: argparse.Namespace) -> int:
     firmware = options.firmware(args)
     recorder = CountingRecorder()
     with options.make_system(args, recorder, DEFAULT_RAM_BYTES, firmware=firmware) as system:
+        if args.features:
+            return cpu_features.show(system, args)
         facts = _facts(args, system)
     facts["messages"] = [f"{message.source}: {message.text}" for message in recorder.messages()]
     if args.json:
@@ -77,13 +84,15 @@ def _facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
 def _hypercalls(dialect: str) -> list[str]:
     """What EL2 serves a protected guest."""
     from pkvm.arm64.smccc import Function, function_name
-    from pkvm.hyp import policy, psci
+    from pkvm.hyp import policy, psci, trng
 
     spoken = policy.POLICIES[dialect]
     functions: set[int] = {*spoken.vendor_calls}
     if spoken.isolation is not None:
         functions |= {Function.SMCCC_VERSION, Function.SMCCC_ARCH_FEATURES, Function.VENDOR_UID}
         functions |= psci.FEATURES
+        if spoken.isolation.trng:
+            functions |= trng.FEATURES
     return [function_name(function) for function in sorted(functions)]
 
 

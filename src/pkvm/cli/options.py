@@ -92,7 +92,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         help="how the host boots, as kvm-arm.mode= of a kernel",
     )
     group.add_argument(
-        "--cpu-model", choices=CPU_MODELS, default=CPU_MODELS[0], help="the machine's CPU"
+        "--cpu-model",
+        "--cpu",
+        dest="cpu_model",
+        choices=CPU_MODELS,
+        default=CPU_MODELS[0],
+        help="the machine's CPU",
     )
     group.add_argument(
         "--clock", choices=("real", "virtual"), default="real", help="the machine's clock"

@@ -19,7 +19,7 @@ from pkvm.hyp.vcpu import Vcpu
 UUID = (0x5C8E_6F1B, 0x4A0D_93E7, 0x9E41_B6C2, 0xD077_1A35)
 """X0-X3 of TRNG_UUID: this source, and no other one."""
 _W_MASK = 0xFFFF_FFFF
-_FEATURES = frozenset(
+FEATURES = frozenset(
     {
         Function.TRNG_VERSION, Function.TRNG_FEATURES, Function.TRNG_UUID, Function.TRNG_RND32,
         Function.TRNG_RND64,
@@ -49,7 +49,7 @@ class Trng:
         return (smccc.TRNG_VERSION_1_0, 0, 0, 0)
 
     def _features(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
-        return (SUCCESS if x1 & _W_MASK in _FEATURES else NOT_SUPPORTED, 0, 0, 0)
+        return (SUCCESS if x1 & _W_MASK in FEATURES else NOT_SUPPORTED, 0, 0, 0)
 
     def _uuid(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
         return UUID
