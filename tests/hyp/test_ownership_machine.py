@@ -31,8 +31,8 @@ plain_vms = st.integers(2, 3)
 
 
 class Ownership(RuleBasedStateMachine):
-    """`owner[page]`: "host", "hyp", "shared_hyp", or (vm index, gfn) of a protected guest;
-    `lent[page]`: the set of (vm index, gfn) of non-protected guests."""
+    """`owner[page]`: "host", "hyp", "shared_hyp", "shared_ffa", or (vm index, gfn) of a protected
+    guest; `lent[page]`: the set of (vm index, gfn) of non-protected guests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class Ownership(RuleBasedStateMachine):
         self.lent: dict[int, set[tuple[int, int]]] = {page: set() for page in range(PAGES)}
         self.leaf: dict[tuple[int, int], int] = {}
         self.shared: set[int] = set()
+        self.poison: set[tuple[int, int]] = set()
         self.pins = dict.fromkeys(range(PAGES), 0)
         self.secret: dict[int, int] = {}
         self.stamp = 0
@@ -68,7 +69,8 @@ class Ownership(RuleBasedStateMachine):
     # What the model says
 
     def gfns_free(self, vm: int, gfn: int, nr: int) -> bool:
-        return all((vm, at) not in self.leaf for at in range(gfn, gfn + nr))
+        taken = self.leaf.keys() | self.poison
+        return all((vm, at) not in taken for at in range(gfn, gfn + nr))
 
     def host_owns(self, page: int, nr: int) -> bool:
         pages = range(page, page + nr)
@@ -168,7 +170,7 @@ class Ownership(RuleBasedStateMachine):
             len(set(pages)) == len(pages)
             and len(set(gfns)) == len(gfns)
             and all(self.host_owns(page, 1) for page in pages)
-            and all((vm, gfn) not in self.leaf for gfn in gfns)
+            and all(self.gfns_free(vm, gfn, 1) for gfn in gfns)
         )
         table = np.array(
             [(self.first + page, GFN + gfn, nr) for page, gfn, nr in entries], np.uint64
@@ -270,6 +272,79 @@ class Ownership(RuleBasedStateMachine):
                     self.secret.pop(page)
                 self.shared.discard(page)
 
+    def taken_back(self, vm: int, gfn: int) -> None:
+        """A private page became the host's, zeroed."""
+        page = self.leaf.pop((vm, gfn))
+        self.owner[page] = "host"
+        self.secret.pop(page)
+        assert self.rig.host_bus.read((self.first + page) << 12, 4096) == bytes(4096)
+
+    @rule(vm=protected_vms, offset=offsets)
+    def relinquish(self, vm: int, offset: int) -> None:
+        gfn = GFN + offset
+        page = self.leaf.get((vm, gfn))
+        expected = page not in self.shared and (vm, gfn) not in self.poison
+        call = self.mem.guest_relinquish_host
+        if self.attempt(expected, call, self.vms[vm], gfn << 12) and page is not None:
+            self.taken_back(vm, gfn)
+
+    @rule(page=offsets)
+    def force_reclaim(self, page: int) -> None:
+        owner = self.owner[page]
+        expected = isinstance(owner, tuple) and page not in self.shared
+        call = self.mem.host_force_reclaim_page_guest
+        if self.attempt(expected, call, self.first + page << 12, self.rig.find_vm):
+            assert isinstance(owner, tuple)
+            self.poison.add(owner)
+            self.taken_back(*owner)
+
+    @rule(index=st.integers(0, 2000), by_force=st.booleans())
+    def lose_what_is_private(self, index: int, by_force: bool) -> None:
+        mine = sorted(
+            at for at, page in self.leaf.items() if at[0] < PLAIN and page not in self.shared
+        )
+        if mine:
+            vm, gfn = mine[index % len(mine)]
+            if by_force:
+                self.force_reclaim(self.leaf[vm, gfn])
+            else:
+                self.relinquish(vm, gfn - GFN)
+
+    @rule(page=offsets, nr=sizes, share=st.booleans())
+    def secure_world(self, page: int, nr: int, share: bool) -> None:
+        pages = range(page, page + nr)
+        if page + nr > PAGES:
+            return
+        if share:
+            expected, call = self.host_owns(page, nr), self.mem.host_share_ffa
+        else:
+            expected = all(self.owner[at] == "shared_ffa" for at in pages)
+            call = self.mem.host_unshare_ffa
+        if self.attempt(expected, call, self.first + page, nr):
+            self.owner.update(dict.fromkeys(pages, "shared_ffa" if share else "host"))
+            self.rig.secure = {
+                self.first + at for at, owner in self.owner.items() if owner == "shared_ffa"
+            }
+
+    @rule(vm=plain_vms, offset=offsets, nr=st.sampled_from([1, 512]), what=st.integers(0, 2))
+    def attributes(self, vm: int, offset: int, nr: int, what: int) -> None:
+        """Nobody's ownership changes, and no refusal but for numbers and what is not there."""
+        guest, gfn = self.vms[vm], GFN + (offset & -nr)
+        if what == 0:
+            self.mem.host_wrprotect_guest(guest, gfn, nr)
+        elif what == 1:
+            self.mem.host_test_clear_young_guest(guest, gfn, nr, make_old=True)
+        else:
+            there = (vm, gfn) in self.leaf
+            self.attempt(there, self.mem.host_relax_perms_guest, guest, gfn, 7)
+            self.attempt(there, self.mem.host_mkyoung_guest, guest, gfn)
+
+    @rule(vm=st.integers(0, 3), offset=offsets)
+    def split(self, vm: int, offset: int) -> None:
+        gfn = GFN + (offset & ~511)
+        entry, level = self.vms[vm].stage2.leaf(gfn << 12)
+        self.attempt(bool(entry) and level == 2, self.mem.host_split_guest, self.vms[vm], gfn, 512)
+
     @rule(vm=st.integers(0, 3), nr=st.integers(1, 4))
     def topup(self, vm: int, nr: int) -> None:
         pages = [page for page in range(PAGES, self.rig.host_pages) if self.fresh(page)][:nr]
@@ -290,12 +365,14 @@ class Ownership(RuleBasedStateMachine):
                 head = self.rig.host_bus.read_u64(head)
             assert head == 0
             self.vms[vm] = self.rig.vm(HANDLE + vm, tables=0)
+            self.poison = {at for at in self.poison if at[0] != vm}
 
     @rule(page=offsets)
     def touch(self, page: int) -> None:
         """The host loads and stores, the device too; both agree with the model."""
         pa = (self.first + page) << 12
-        may = self.owner[page] in ("host", "shared_hyp") or page in self.shared
+        may = isinstance(self.owner[page], str) and self.owner[page] != "hyp"
+        may |= page in self.shared
         for bus in (self.rig.host_bus, self.rig.dma_bus):
             assert self.reaches(bus, pa) == may
         if may and page in self.secret:
