@@ -107,12 +107,19 @@ ANNOTATION_GFN_SHIFT = 20
 """A guest annotation's gfn; successive pages of a range differ by 1 << 20."""
 
 
+_OWNED_BY_GUEST = ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.GUEST)
+_ANNOTATION_VM_SHIFT = ANNOTATION["vm"].lo
+_HANDLE_BITS, _GFN_BITS = 16, 40
+
+
 def guest_annotation(handle: int, gfn: int) -> int:
     """The host leaf of a page owned by VM `handle` at guest frame `gfn` (IPA >> 12).
 
     Raises ValueError if the handle exceeds 16 bits or the gfn 40 bits.
     """
-    return ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.GUEST, vm=handle, gfn=gfn)
+    if handle >> _HANDLE_BITS or gfn >> _GFN_BITS:
+        ANNOTATION.encode(vm=handle, gfn=gfn)  # says which one it cannot hold
+    return _OWNED_BY_GUEST | handle << _ANNOTATION_VM_SHIFT | gfn << ANNOTATION_GFN_SHIFT
 
 
 def level_shift(level: int) -> int:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 
 from pkvm.host.memslots import Slot
 from pkvm.host.pages import BLOCK_PAGES
-from pkvm.host.ports import PAGE_SHIFT
+from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
 from pkvm.host.protected import donate_extents, tables_needed
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import LostPage
 
+_HOST_DONATE_GUEST = HostCall.HOST_DONATE_GUEST
 _TABLES = 2
 """Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
 
@@ -42,9 +43,9 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
                 errno.EFAULT,
                 f"the host took the guest's page at IPA {ipa:#x} by force, and the guest wants it",
             )
-        _donate(vm, slot, gfn, 1)
+        _donate(vm, vm.host.users.pa(_user(slot, gfn), PAGE_SIZE) >> PAGE_SHIFT, gfn, 1)
     elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, block):
-        _give(vm, slot, gfn, 1)
+        _give(vm, slot, gfn, 1, _donate)
 
 
 def give_range(vm: Vm, ipa: int, length: int) -> None:
@@ -53,13 +54,7 @@ def give_range(vm: Vm, ipa: int, length: int) -> None:
     slot = vm.slots.at(ipa)
     if slot is None or ipa + length > slot.end:
         raise OSError(errno.EFAULT, f"[{ipa:#x}, +{length:#x}) is not memory of one slot")
-
-    def donate(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
-        extents = [(_pfn(vm, slot, gfn, npages), gfn, npages)]
-        vm.topup(tables_needed(extents))
-        donate_extents(vm, extents)
-
-    _give(vm, slot, ipa >> PAGE_SHIFT, length >> PAGE_SHIFT, donate)
+    _give(vm, slot, ipa >> PAGE_SHIFT, length >> PAGE_SHIFT, _donate_unloaded)
 
 
 def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
@@ -69,48 +64,49 @@ def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
     if any(gfn in vm.donated for gfn in range(block, block + BLOCK_PAGES)):
         return False
     try:
-        if (_pfn(vm, slot, block, BLOCK_PAGES) - block) % BLOCK_PAGES:
+        pa = vm.host.users.pa(_user(slot, block), BLOCK_PAGES << PAGE_SHIFT)
+        if ((pa >> PAGE_SHIFT) - block) % BLOCK_PAGES:
             return False
-        _give(vm, slot, block, BLOCK_PAGES)
+        _give(vm, slot, block, BLOCK_PAGES, _donate)
     except OSError:
         return False
     return True
 
 
 def _give(
-    vm: Vm,
-    slot: Slot,
-    gfn: int,
-    npages: int,
-    donate: Callable[[Vm, Slot, int, int], None] | None = None,
+    vm: Vm, slot: Slot, gfn: int, npages: int, donate: Callable[[Vm, int, int, int], None]
 ) -> None:
-    memlock = vm.host.memlock
-    memlock.charge(npages)
+    """Count, pin, donate by `donate`. Raises OSError, and nothing has changed then."""
+    host = vm.host
+    user = _user(slot, gfn)
+    mapping = host.users.find(user, npages << PAGE_SHIFT)
+    host.memlock.charge(npages)
     try:
-        (donate or _donate)(vm, slot, gfn, npages)
+        donate(vm, mapping.run.pa + user - mapping.address >> PAGE_SHIFT, gfn, npages)
     except OSError:
-        memlock.release(npages)
+        host.memlock.release(npages)
         raise
-    vm.pin(vm.host.users.find(_user(slot, gfn), npages << PAGE_SHIFT).run)
+    vm.pin(mapping.run)
     vm.donated[gfn] = npages
 
 
-def _donate(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
+def _donate(vm: Vm, pfn: int, gfn: int, npages: int) -> None:
     """HOST_DONATE_GUEST, with table pages as needed. Raises OSError."""
-    donate, pfn = HostCall.HOST_DONATE_GUEST, _pfn(vm, slot, gfn, npages)
     el2 = vm.host.el2
-    result = el2.try_call(donate, pfn, gfn, npages)
+    result = el2.try_call(_HOST_DONATE_GUEST, pfn, gfn, npages)
     if result == -errno.ENOMEM:
         vm.topup(_TABLES)
-        result = el2.try_call(donate, pfn, gfn, npages)
+        result = el2.try_call(_HOST_DONATE_GUEST, pfn, gfn, npages)
     if result < 0:
         raise OSError(-result, f"EL2 does not give the guest IPA {gfn << PAGE_SHIFT:#x}")
 
 
+def _donate_unloaded(vm: Vm, pfn: int, gfn: int, npages: int) -> None:
+    """The same for a VM of which no vCPU is loaded."""
+    extents = [(pfn, gfn, npages)]
+    vm.topup(tables_needed(extents))
+    donate_extents(vm, extents)
+
+
 def _user(slot: Slot, gfn: int) -> int:
     return slot.user + (gfn << PAGE_SHIFT) - slot.ipa
-
-
-def _pfn(vm: Vm, slot: Slot, gfn: int, npages: int) -> int:
-    """The first of the contiguous host pages behind guest frames. Raises EFAULT."""
-    return vm.host.users.pa(_user(slot, gfn), npages << PAGE_SHIFT) >> PAGE_SHIFT

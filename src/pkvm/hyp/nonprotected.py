@@ -76,7 +76,13 @@ _SCTLR = _SYSREGS + _SCTLR_NUMBER
 _SHOWN, WHOLE = 1, 2
 """How much of the host's page is current: `Vcpu.page_is_current`."""
 _DIRTY, _DIRTY_X = int(VcpuFlag.DIRTY), int(VcpuFlag.DIRTY_X)
+_PENDING_EXCEPTION, _INCREMENT_PC = int(VcpuFlag.PENDING_EXCEPTION), int(VcpuFlag.INCREMENT_PC)
 _TRAP = int(ExitCode.TRAP)
+_NONPROTECTED = int(ExitClass.NONPROTECTED)
+_EXIT_CLASS, _PAGE_IS_CURRENT = Vcpu.index_of("exit_class"), Vcpu.index_of("page_is_current")
+_EXIT_ESR, _EXIT_FAR, _EXIT_HPFAR = (
+    Vcpu.index_of(name) for name in ("exit_esr", "exit_far", "exit_hpfar")
+)
 _MODES = (PSTATE_EL0T, PSTATE_EL1T, PSTATE_EL1H)
 """What PSTATE.M may be: never EL2 or AArch32."""
 _SSBS = 1 << 12
@@ -86,7 +92,7 @@ _PSTATE_BITS = (
     PSTATE_NZCV | PSTATE_DIT | _UAO | PSTATE_PAN | _SSBS | _BTYPE | PSTATE_DAIF | PSTATE_MODE_MASK
 )
 _SPSR_BITS = 0xFFFF_FFFF
-_ABORTS = (EC.IABT_LOW, EC.DABT_LOW)
+_ABORTS = (int(EC.IABT_LOW), int(EC.DABT_LOW))
 _WRITE_FAULT = EC.DABT_LOW << EC_SHIFT | IL | WNR | FSC_TRANSLATION + LAST_LEVEL
 _REASONS: dict[int, str] = {
     EC.WFX: "wfx",
@@ -115,7 +121,7 @@ class NonProtected:
     def enter(self, vcpu: Vcpu, flags: int) -> bool:
         """Take what the host has for the vCPU. False if its PSTATE is not one of EL1 or EL0 in
         AArch64 state; nothing has changed then."""
-        page = vcpu.page
+        page, words = vcpu.page, vcpu.words
         engine = self._engine
         if flags & _DIRTY or not vcpu.started:
             pstate = page[PSTATE] & _PSTATE_BITS
@@ -133,21 +139,21 @@ class NonProtected:
                 self._take_rest(vcpu)
         elif flags & _DIRTY_X:
             engine.x[:_NR_X] = page[X0 : X0 + _NR_X]
-        vcpu.page_is_current = 0
-        trapped = vcpu.exit_class == ExitClass.NONPROTECTED
-        vcpu.exit_class = ExitClass.IRQ
-        if flags & VcpuFlag.PENDING_EXCEPTION and trapped:
+        words[_PAGE_IS_CURRENT] = 0
+        trapped = words[_EXIT_CLASS] == _NONPROTECTED
+        words[_EXIT_CLASS] = 0
+        if flags & _PENDING_EXCEPTION and trapped:
             if vcpu.exit_esr >> EC_SHIFT in _ABORTS:
                 inject.external_abort(engine, vcpu.exit_esr, vcpu.exit_far)
             else:
                 inject.undefined(engine)
-        elif flags & VcpuFlag.INCREMENT_PC:
+        elif flags & _INCREMENT_PC:
             engine.pc = (engine.pc + 4) & MASK64
         return True
 
     def exit_trap(self, vcpu: Vcpu, esr: int) -> None:
         """Exit to the host with everything."""
-        self._exit(vcpu, esr, self._engine.far_el2, self._engine.hpfar_el2)
+        self._exit(vcpu, esr, *self._engine.exit_state()[3:])
 
     def exit_fault(self, vcpu: Vcpu, ipa: int) -> None:
         """Exit to the host as for a write to the page at `ipa`, which is not there (facts §6.5)."""
@@ -166,13 +172,11 @@ class NonProtected:
         self._record(GuestExit(vcpu.handle, vcpu.index, "illegal", 0))
 
     def _exit(self, vcpu: Vcpu, esr: int, far: int, hpfar: int) -> None:
-        engine = self._engine
-        vcpu.exit_class = ExitClass.NONPROTECTED
-        vcpu.exit_esr = esr
-        vcpu.exit_far = far
-        vcpu.exit_hpfar = hpfar
-        self._show(vcpu)
-        self.results = (SMCCC_SUCCESS, _TRAP, esr, 0, far, hpfar, engine.pstate, 0)
+        words = vcpu.words
+        words[_EXIT_CLASS] = _NONPROTECTED
+        words[_EXIT_ESR], words[_EXIT_FAR], words[_EXIT_HPFAR] = esr, far, hpfar
+        pstate = self._show(vcpu)
+        self.results = (SMCCC_SUCCESS, _TRAP, esr, 0, far, hpfar, pstate, 0)
         ec = esr >> EC_SHIFT
         ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if ec in _ABORTS else NO_ADDRESS
         reason = _REASONS.get(ec, "trap")
@@ -203,15 +207,17 @@ class NonProtected:
         page[_FP : _FP + _FP_WORDS] = memoryview(engine.fp_registers()).cast("Q")
         vcpu.page_is_current = WHOLE
 
-    def _show(self, vcpu: Vcpu) -> None:
-        """Put into the host's page what serving an exit takes."""
+    def _show(self, vcpu: Vcpu) -> int:
+        """Put into the host's page what serving an exit takes. Returns PSTATE."""
         engine = self._engine
         page = vcpu.page
+        pstate = engine.pstate
         page[X0 : X0 + _NR_X] = engine.x[:_NR_X]
         page[_PC] = engine.pc
-        page[PSTATE] = engine.pstate
+        page[PSTATE] = pstate
         page[_SCTLR] = engine.exit_state()[2]
-        vcpu.page_is_current = _SHOWN
+        vcpu.words[_PAGE_IS_CURRENT] = _SHOWN
+        return pstate
 
     def _take_banked(self, vcpu: Vcpu) -> None:
         engine = self._engine
