@@ -56,7 +56,7 @@ def write_line(text: str) -> None:
 
 
 class Console:
-    """Takes what the guest writes; with `show` it goes to stdout. The last TEXT_LIMIT bytes at least
+    """Takes what the guest writes; with `show` it goes to stdout. At least the last TEXT_LIMIT bytes
     are kept.
 
     A guest sends one byte after another, and a system call for each would cost more than the guest

@@ -76,9 +76,9 @@ class GicCpu:
         """The maintenance interrupts that EL2 is asked for."""
 
     def flush(self, *, look: bool = True) -> int:
-        """Make the page's list registers what they should be; how many the vCPU enters with. Without
-        `look` a virtual timer that asserted its interrupt is taken to do so still: good enough
-        between two accesses to a device, of which a guest that prints makes thousands."""
+        """Make the page's list registers what they should be; how many the vCPU enters with.
+        Without `look` a virtual timer that asserted its interrupt is taken to do so still: good
+        enough between two accesses to a device, of which a guest that prints makes thousands."""
         if self._ran_with_timer and look:
             self._ask_timer()
         if self.stale:
