@@ -56,8 +56,8 @@ def write_line(text: str) -> None:
 
 
 class Console:
-    """Takes what the guest writes; with `show` it goes to stdout. At least the last TEXT_LIMIT bytes
-    are kept.
+    """Takes what the guest writes; with `show` it goes to stdout. The last TEXT_LIMIT bytes, or
+    more, are kept.
 
     A guest sends one byte after another, and a system call for each would cost more than the guest
     itself: a line goes out when it is complete, what is not a line after FLUSH_S. An error of
