@@ -212,6 +212,9 @@ class FakeEl2:
         self.reserved.remove(handle)
         return 0
 
+    def _vcpu_features(self) -> int:
+        return 0
+
     def _host_share_hyp(self, pfn: int) -> int:
         if pfn in self.shared or pfn in self.bus.lost:
             return -errno.EPERM

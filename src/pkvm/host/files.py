@@ -331,6 +331,8 @@ def check_extension(host: Host, cap: int) -> int:
         return irqchip.has_gic(host)
     if cap in (Cap.IRQFD, Cap.IRQFD_RESAMPLE):
         return irqchip.has_irqfd(host)
+    if cap in (Cap.ARM_PTRAUTH_ADDRESS, Cap.ARM_PTRAUTH_GENERIC):
+        return int(host.ptrauth != 0)
     return _CAPS.get(cap, 0)
 
 

@@ -58,6 +58,9 @@ class Host:
     loaded: Vcpu | None = field(default=None)
     """The vCPU that EL2 has loaded. It stays so until another one is to run or its VM goes."""
 
+    optional_features: int | None = field(default=None)
+    """KVM_ARM_VCPU_* features of the CPU that vCPUs may ask for, once EL2 was asked."""
+
     list_registers: int | None = field(default=None)
     """How many the CPU has, once EL2 was asked; 0: VMs have no interrupt controller."""
 
@@ -73,6 +76,13 @@ class Host:
     def firmware_size(self) -> int:
         """Bytes of guest firmware, 0 if the boot firmware left none."""
         return self.firmware.size if self.firmware else 0
+
+    @property
+    def ptrauth(self) -> int:
+        """The features of pointer authentication, 0 if the CPU has it not."""
+        if self.optional_features is None:
+            self.optional_features = max(0, self.el2.try_call(HostCall.VCPU_FEATURES))
+        return self.optional_features
 
     def load(self, vcpu: Vcpu) -> None:
         """Load a vCPU at EL2, in place of the one that is. Raises OSError."""

@@ -87,9 +87,13 @@ class Vcpu:
             raise OSError(errno.EINVAL, f"target {target}: ask KVM_ARM_PREFERRED_TARGET")
         if any(words[1:]) or words[0] & ~_KNOWN:
             raise OSError(errno.ENOENT, f"unknown vCPU feature in {[hex(word) for word in words]}")
-        refused = [item.name for item in VcpuFeature if words[0] & ~_SUPPORTED & 1 << item]
+        ptrauth = self.vm.host.ptrauth if words[0] & ~_SUPPORTED else 0
+        offered = _SUPPORTED | ptrauth
+        refused = [item.name for item in VcpuFeature if words[0] & ~offered & 1 << item]
         if refused:
             raise OSError(errno.EINVAL, f"vCPU feature {', '.join(refused)} is not offered")
+        if words[0] & ptrauth not in (0, ptrauth):
+            raise OSError(errno.EINVAL, "PTRAUTH_ADDRESS and PTRAUTH_GENERIC go together")
         features = words[0] & ~_POWER_OFF
         if self.features is not None and features != self.features:
             raise OSError(errno.EINVAL, "KVM_ARM_VCPU_INIT again must name the same features")

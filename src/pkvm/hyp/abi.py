@@ -103,6 +103,8 @@ class HostCall(IntEnum):
     SPLIT_GUEST = 71
     """(gfn, nr) -> 0: have pages in place of a block of nr = 512 of the loaded vCPU's VM. Not in
     every dialect."""
+    VCPU_FEATURES = 72
+    """() -> the KVM_ARM_VCPU_PTRAUTH_* features that a vCPU may ask for on this CPU, a mask."""
 
 
 class ExitCode(IntEnum):

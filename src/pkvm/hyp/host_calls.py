@@ -88,6 +88,7 @@ class HostCalls:
                 (HostCall.FIRMWARE_INFO, 0, self._firmware_info),
                 (HostCall.VCPU_TIMER, 2, cpu.timer_output),
                 (HostCall.SPLIT_GUEST, 2, self._split),
+                (HostCall.VCPU_FEATURES, 0, life.vcpu_features),
             )
             if call not in absent
         }

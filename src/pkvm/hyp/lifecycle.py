@@ -174,6 +174,10 @@ class Lifecycle:
             raise Refused(Errno.EINVAL, "primary", why, vm=vm.handle)
         return True
 
+    def vcpu_features(self) -> int:
+        """Features that vCPUs may ask for, all or none."""
+        return GUEST_FEATURES if self._ptrauth else 0
+
     def start_teardown(self, handle: int) -> None:
         """From now on the VM runs no more, and its pages may be reclaimed.
 

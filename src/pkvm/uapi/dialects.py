@@ -204,6 +204,8 @@ _PKVM_CAPS = frozenset(
         Cap.MAX_VCPUS,
         Cap.MAX_VCPU_ID,
         Cap.ARM_VM_IPA_SIZE,
+        Cap.ARM_PTRAUTH_ADDRESS,
+        Cap.ARM_PTRAUTH_GENERIC,
     }
 )
 

@@ -69,6 +69,8 @@ class Cap(IntEnum):
     MAX_VCPU_ID = 128
     IMMEDIATE_EXIT = 136
     ARM_VM_IPA_SIZE = 165
+    ARM_PTRAUTH_ADDRESS = 171
+    ARM_PTRAUTH_GENERIC = 172
     ARM_IRQ_LINE_LAYOUT_2 = 174
     ARM_PROTECTED_VM = 199
     """The RFC's number (facts §1.2)."""
