@@ -12,6 +12,7 @@ from fakes.host_fakes import BLOCK, PAGE, FakeVcpu, Guest, errno_of
 from fakes.host_machine import DEVICE, RAM_IPA, TIMEOUT_S, Machine, dabt
 from pkvm.arm64.esr import EC, EC_SHIFT, IL, SF, SRT_SHIFT, SSE
 from pkvm.arm64.registers import SCTLR_EE
+from pkvm.host.files import VcpuFile
 from pkvm.hyp.abi import ExitCode, HostCall, HostVcpu, HypRequest, VcpuFlag
 from pkvm.uapi import kvm as uapi
 
@@ -320,9 +321,13 @@ def test_wfi_waits_for_a_kick_and_is_over_then() -> None:
     result: list[int] = []
     thread = threading.Thread(target=lambda: result.append(errno_of(machine.run)))
     thread.start()
-    while thread.is_alive():
-        machine.rig.kernel.kick(machine.vcpus[0])
-        thread.join(0.01)
+    file = machine.rig.kernel._files[machine.vcpus[0]]
+    assert isinstance(file, VcpuFile)
+    # A kick before the guest's WFI would end KVM_RUN all the same, and the WFI would come later.
+    while not file.vcpu.runner.asleep:
+        thread.join(0.001)
+    machine.rig.kernel.kick(machine.vcpus[0])
+    thread.join()
     assert result == [EINTR]
     assert machine.reason() == uapi.ExitReason.INTR
     assert machine.run() == uapi.ExitReason.MMIO

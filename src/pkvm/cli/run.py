@@ -93,7 +93,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         pages[moment.value] = system.census()
 
     with ExitStack() as stack:
-        stack.callback(console.end_line)
+        stack.callback(console.close)
         trace = None
         if args.trace is not None:
             trace = stack.enter_context(_traced(args.trace, counting))

@@ -75,6 +75,7 @@ class Console:
         """Called in a thread of the console's own."""
         self._begun = threading.Event()
         """There is a part of a line."""
+        self._closed = False
         self._thread: threading.Thread | None = None
         self.translate: Callable[[bytes], bytes] | None = None
         """What to make of bytes on their way to stdout; they are kept as they are."""
@@ -113,9 +114,11 @@ class Console:
         """Whether the guest's last line is complete."""
         return not self._bytes or self._bytes.endswith(b"\n")
 
-    def end_line(self) -> None:
-        """Write what waits; if the guest left its last line open, close it on stdout. Errors as
-        `write`."""
+    def close(self) -> None:
+        """The guest writes no more. Write what waits; if it left its last line open, close it on
+        stdout. Errors as `write`."""
+        self._closed = True
+        self._begun.set()
         if self._show:
             self.flush()
             if not self.at_line_start:
@@ -123,7 +126,7 @@ class Console:
 
     def _serve(self) -> None:
         """The thread for parts of lines."""
-        while True:
+        while not self._closed:
             self._begun.wait()
             time.sleep(FLUSH_S)
             self._begun.clear()
