@@ -86,3 +86,14 @@ def test_the_checker_wants_to_know_of_them() -> None:
     assert check(rig.mem, rig.vms, {rig.first_pfn}) == []
     rig.mem.host_unshare_ffa(rig.first_pfn, 1)
     assert check(rig.mem, rig.vms, {rig.first_pfn})
+
+
+def test_many_pages_at_once(rig: Rig) -> None:
+    """So many that all invariants are looked at after the transition."""
+    pfn = rig.first_pfn + 20
+    rig.mem.host_share_ffa(pfn, 64)
+    rig.secure |= set(range(pfn, pfn + 64))
+    rig.sound()
+    rig.mem.host_unshare_ffa(pfn, 64)
+    rig.secure.clear()
+    rig.sound()
