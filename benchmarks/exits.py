@@ -35,7 +35,7 @@ _SUBS_X9 = 0xF100_0529  # subs x9, x9, #1
 _STR_W1_X10 = 0xB900_0141  # str w1, [x10]
 
 
-def _mov(register: int, value: int) -> list[int]:
+def mov(register: int, value: int) -> list[int]:
     """MOVZ and MOVK of a 32-bit value."""
     return [
         0xD280_0000 | (value & 0xFFFF) << 5 | register,
@@ -43,30 +43,31 @@ def _mov(register: int, value: int) -> list[int]:
     ]
 
 
-def _b_ne(back: int) -> int:
+def b_ne(back: int) -> int:
     """B.NE to `back` instructions before this one."""
     return 0x5400_0001 | (-back & 0x7FFFF) << 5
 
 
-def _program(*words: int) -> bytes:
+def program(*words: int) -> bytes:
+    """Instructions as bytes."""
     return struct.pack(f"<{len(words)}I", *words)
 
 
 def hypercall_loop(function: int, count: int, end: list[int]) -> bytes:
     """`count` times HVC with X0 = `function` and X1-X3 = 0, then `end`."""
-    body = [*_mov(0, function), *(word for n in (1, 2, 3) for word in _mov(n, 0)), _HVC, _SUBS_X9]
-    return _program(*_mov(9, count), *body, _b_ne(len(body)), *end)
+    body = [*mov(0, function), *(word for n in (1, 2, 3) for word in mov(n, 0)), _HVC, _SUBS_X9]
+    return program(*mov(9, count), *body, b_ne(len(body)), *end)
 
 
 def store_loop(address: int, count: int) -> bytes:
     """`count` word stores to `address`, then PSCI SYSTEM_OFF."""
-    off = [*_mov(0, 0x8400_0008), _HVC]
-    return _program(
-        *_mov(9, count), *_mov(10, address), *_mov(1, 0x40), _STR_W1_X10, _SUBS_X9, _b_ne(2), *off
+    off = [*mov(0, 0x8400_0008), _HVC]
+    return program(
+        *mov(9, count), *mov(10, address), *mov(1, 0x40), _STR_W1_X10, _SUBS_X9, b_ne(2), *off
     )
 
 
-def _bare_hook() -> float:
+def bare_hook() -> float:
     """Seconds of one HVC into the bare hook and back."""
     memory = PhysicalMemory(0x8000_0000, 1 << 20)
     memory.write(0x8000_0000, hypercall_loop(int(Function.HYP_MEMINFO), CALLS, [_BRK]))
@@ -90,10 +91,10 @@ def _bare_hook() -> float:
         engine.close()
 
 
-def _guest_seconds(program: bytes) -> float:
-    """Seconds from the start to SYSTEM_OFF of a protected VM whose firmware is `program`, with the
+def guest_seconds(image: bytes) -> float:
+    """Seconds from the start to SYSTEM_OFF of a protected VM whose firmware is `image`, with the
     recorder that does nothing and without what it takes to make and end the VM."""
-    with System(memory=64 << 20, firmware=program, recorder=NullRecorder()) as system:
+    with System(memory=64 << 20, firmware=image, recorder=NullRecorder()) as system:
         kvm = system.open()
         small = board.Board(ram_bytes=8 << 20)
         vmm = Vmm(kvm, small, load_image(bytes(4096), small), console=lambda data: None)
@@ -108,18 +109,18 @@ def _guest_seconds(program: bytes) -> float:
 
 def measure() -> Iterator[Result]:
     """Both figures; the fixed cost of a run is taken off by a run that does nothing."""
-    off = _program(*_mov(0, 0x8400_0008), _HVC)
+    off = program(*mov(0, 0x8400_0008), _HVC)
     off_words = list(struct.unpack("<3I", off))
     calls = hypercall_loop(int(Function.HYP_MEMINFO), CALLS, off_words)
     stores = store_loop(board.UART_BASE, STORES)
 
     def meminfo() -> float:
-        return (_guest_seconds(calls) - _guest_seconds(off)) / CALLS
+        return (guest_seconds(calls) - guest_seconds(off)) / CALLS
 
     def store() -> float:
-        return (_guest_seconds(stores) - _guest_seconds(off)) / STORES
+        return (guest_seconds(stores) - guest_seconds(off)) / STORES
 
-    ratio, ours, unit = median_ratio(meminfo, _bare_hook, PAIRS)
+    ratio, ours, unit = median_ratio(meminfo, bare_hook, PAIRS)
     yield Result("hyp-meminfo", ratio, 6, f"{ours * 1e6:.2f} us, bare hook {unit * 1e6:.2f} us")
-    ratio, ours, unit = median_ratio(store, _bare_hook, PAIRS)
+    ratio, ours, unit = median_ratio(store, bare_hook, PAIRS)
     yield Result("mmio-store", ratio, 40, f"{ours * 1e6:.2f} us, bare hook {unit * 1e6:.2f} us")

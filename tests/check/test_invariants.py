@@ -200,6 +200,17 @@ def tlb_leads_astray(scene: Scene) -> None:
     scene.rig.host_bus._loads.pages[scene.pa(FREE) >> 12] = 4096
 
 
+def stale_walk(scene: Scene) -> None:
+    """What a forgotten flush of EL2's own cache looks like."""
+    stage2 = scene.vm.stage2
+    stage2.leaf(GFN << 12)
+    stage2.walks[GFN >> 9] += 512
+
+
+def walk_to_nowhere(scene: Scene) -> None:
+    scene.rig.mem.host.stage2.walks[0] = 0
+
+
 def refcount_of_a_host_page(scene: Scene) -> None:
     scene.rig.mem.vmemmap.refcount[FREE] = 1
 
@@ -242,6 +253,8 @@ BREAKS: list[tuple[str, Callable[[Scene], None]]] = [
     ("P9", stale_host_tlb),
     ("P9", stale_dma_tlb),
     ("P9", tlb_leads_astray),
+    ("P9", stale_walk),
+    ("P9", walk_to_nowhere),
     ("refcounts", refcount_of_a_host_page),
 ]
 

@@ -96,7 +96,7 @@ class Rig:
         self._watch = PrivacyWatch()
         self.recorder.watch = Watch(self.mem, self.find_vm, lambda: self.vms)
 
-    def _guest_tlbi(self) -> None:
+    def _guest_tlbi(self, vmid: int) -> None:
         self.guest_flushes += 1
 
     def pages(self, npages: int) -> int:

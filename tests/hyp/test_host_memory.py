@@ -231,7 +231,7 @@ def test_regions_that_cannot_be(
             memory,
             host_bus=Bus(memory, "host"),
             dma_bus=Bus(memory, "dma"),
-            guest_tlbi=lambda: None,
+            guest_tlbi=lambda vmid: None,
             invalidate_code=lambda pa, nbytes: None,
             recorder=Rig(16 * MIB).recorder,
             carveout=carveout,

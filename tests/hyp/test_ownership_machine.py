@@ -320,11 +320,12 @@ class Ownership(RuleBasedStateMachine):
         else:
             expected = all(self.owner[at] == "shared_ffa" for at in pages)
             call = self.mem.host_unshare_ffa
-        if self.attempt(expected, call, self.first + page, nr):
+        if expected:
             self.owner.update(dict.fromkeys(pages, "shared_ffa" if share else "host"))
             self.rig.secure = {
                 self.first + at for at, owner in self.owner.items() if owner == "shared_ffa"
             }
+        self.attempt(expected, call, self.first + page, nr)
 
     @rule(vm=plain_vms, offset=offsets, nr=st.sampled_from([1, 512]), what=st.integers(0, 2))
     def attributes(self, vm: int, offset: int, nr: int, what: int) -> None:

@@ -27,13 +27,11 @@ from pkvm.arm64.stage2 import (
     level_size,
 )
 from pkvm.check.trees import Entries, Numbers, rows_at
-from pkvm.check.view import Mask, View, rows_of
+from pkvm.check.view import DMA, HOST, Mask, View, rows_of
 from pkvm.hyp.host_memory import ATTR_DMA
 from pkvm.machine.bus import Bus
 from pkvm.machine.stage2 import Access, Stage2Fault, walk
 
-HOST, DMA = 0, 1
-"""Numbers of the identity trees in a `View`."""
 _REGION_SHIFT = 9
 _NEEDED = {Access.READ: AF | S2AP_R, Access.WRITE: AF | S2AP_W}
 """Bits of a leaf that an access needs."""

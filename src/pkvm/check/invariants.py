@@ -36,6 +36,7 @@ RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     host_memory.dma_tree,
     host_memory.bus_tlbs,
     pgtable.tables,
+    pgtable.walks,
     vmemmap.share_counts,
     vmemmap.refcounts,
 )

@@ -7,15 +7,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pkvm.arm64.stage2 import PAGE_SHIFT
+from pkvm.arm64.stage2 import PAGE_SHIFT, TABLE_ENTRIES
 from pkvm.check.trees import Numbers, rows_at
-from pkvm.check.view import View
+from pkvm.check.view import DMA, View
 from pkvm.hyp.pool import PageStack
+
+_TREE_SHIFT = 40
+"""In a key of tree and region: a region has fewer bits."""
 
 
 def tables(view: View) -> Iterator[str]:
-    """P5: a table is EL2's page, is used once, is not empty, and its refcount is 1 plus its
-    entries; a page in a memcache is EL2's, in one only, and has refcount 0 and is zero."""
+    """P5: a table is EL2's page, is used once, is not empty unless it is one of the DMA masters'
+    tables of pages, and its refcount is 1 plus its entries; a page in a memcache is EL2's, in one
+    only, and has refcount 0 and is zero."""
     forest = view.forest
     pages = [part.pages for part, _ in forest.above] + [forest.last.pages]
     trees = [part.trees for part, _ in forest.above] + [forest.last.trees]
@@ -24,7 +28,11 @@ def tables(view: View) -> Iterator[str]:
         np.count_nonzero(rows_at(forest.grid, part.pages), axis=1) for part in forest.last.pieces()
     ]
     yield from _used_tables(
-        view, np.concatenate(pages), np.concatenate(trees), np.concatenate(used)
+        view,
+        np.concatenate(pages),
+        np.concatenate(trees),
+        np.concatenate(used),
+        forest.last.pages.size,
     )
     names = [f"a table of {view.name(tree)}" for tree in range(len(forest.trees))]
     stacks: dict[str, PageStack] = {"in EL2's pool": view.mem.pool}
@@ -39,7 +47,29 @@ def tables(view: View) -> Iterator[str]:
     yield from _used_twice(view, everything, whose, names)
 
 
-def _used_tables(view: View, pages: Numbers, trees: Numbers, used: Numbers) -> Iterator[str]:
+def walks(view: View) -> Iterator[str]:
+    """P9: EL2's own walk caches lead where the tables do."""
+    last = view.forest.last
+    caches = [tree.stage2.walks for tree in view.forest.trees]
+    regions = np.array([region for cache in caches for region in cache], np.int64)
+    firsts = np.array([first for cache in caches for first in cache.values()], np.int64)
+    trees = np.repeat(np.arange(len(caches)), [len(cache) for cache in caches])
+    # The tables are tree by tree, by rising frame.
+    keys = last.trees << _TREE_SHIFT | last.frames >> 9
+    wanted = trees << _TREE_SHIFT | regions
+    at = np.searchsorted(keys, wanted)
+    good = at < keys.size
+    good[good] = (keys[at[good]] == wanted[good]) & (last.pages[at[good]] == firsts[good] >> 9)
+    good &= firsts & TABLE_ENTRIES - 1 == 0
+    for wrong in view.pages(~good):
+        ipa, name = int(regions[wrong]) << 21, view.name(trees[wrong])
+        yield f"P9: EL2's walk to IPA {ipa:#x} of {name} is stale"
+
+
+def _used_tables(
+    view: View, pages: Numbers, trees: Numbers, used: Numbers, last: int
+) -> Iterator[str]:
+    """Tables in use, the `last` of them those of the last level, and their numbers of entries."""
     refcounts = view.mem.vmemmap.refcounts[pages]
     roots = np.array([tree.stage2.root for tree in view.forest.trees], np.int64)
     ends = np.array([tree.stage2.root_tables for tree in view.forest.trees], np.int64)
@@ -52,7 +82,10 @@ def _used_tables(view: View, pages: Numbers, trees: Numbers, used: Numbers) -> I
             f"P5: table {view.pa(pages[at]):#x} of {view.name(trees[at])} has {used[at]} entries, "
             f"refcount {refcounts[at]}"
         )
-    for at in view.pages((used == 0) & ~is_root):
+    may_be_empty = is_root
+    if view.first_guest:
+        may_be_empty |= (trees == DMA) & (np.arange(pages.size) >= pages.size - last)
+    for at in view.pages((used == 0) & ~may_be_empty):
         yield f"P5: table {view.pa(pages[at]):#x} of {view.name(trees[at])} is empty"
 
 

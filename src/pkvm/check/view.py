@@ -41,6 +41,8 @@ from pkvm.hyp.vmemmap import (
 T = TypeVar("T", bound=np.generic)
 States = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
+HOST, DMA = 0, 1
+"""Numbers of the identity trees, if the host is protected: then the guests' come after them."""
 UNCLAIMED = 0xFF
 """In `View.claims`: no guest's leaf maps the page."""
 _CLAIM = {

@@ -244,6 +244,14 @@ def clear_leaves(stage2: Stage2, found: Leaves) -> None:
         clear(stage2, runs_in(frames >> level_shift(level) - PAGE_SHIFT), level)
 
 
+def prune_tables(stage2: Stage2, regions: Frames) -> None:
+    """Free those tables of pages for regions, IPA >> 21, that rise, that have no entry; as after
+    `Stage2.clear`."""
+    if regions.size:
+        entries = stage2.memory.u64[slots(stage2, regions, LAST_LEVEL - 1)]
+        _prune(stage2, regions[entries & TABLE == TABLE], LAST_LEVEL)
+
+
 def break_blocks(stage2: Stage2, frames: Runs) -> bool:
     """Zero every block that maps any of the frames, for those who will write there: tables stay,
     empty or not. Returns whether there was one: then a TLBI is due."""
@@ -294,6 +302,7 @@ def _prune(stage2: Stage2, numbers: Frames, level: int) -> None:
         empty = stage2.refcounts[_pages(stage2, entries)] == 1
         words[index[empty]] = 0
         _count(stage2, index[empty], -1)
+        stage2.walks.clear()
         stage2.tables.free_many(entries[empty] & ADDRESS_MASK)
         numbers = distinct(numbers[empty] >> _TABLE_SHIFT)
 

@@ -72,8 +72,8 @@ class GuestCalls:
         vendor: dict[int, Service] = {
             Function.KVM_FEATURES: self._kvm_features,
             Function.HYP_MEMINFO: self._hyp_meminfo,
-            Function.MEM_SHARE: self._mem_share,
-            Function.MEM_UNSHARE: self._mem_unshare,
+            Function.MEM_SHARE: self._changes("mem_share", mem.guest_share_host),
+            Function.MEM_UNSHARE: self._changes("mem_unshare", mem.guest_unshare_host),
             Function.MMIO_GUARD_INFO: self._mmio_guard_info,
             Function.MMIO_GUARD_ENROLL: self._mmio_guard_enroll,
             Function.MMIO_GUARD_MAP: self._mmio_guard_map,
@@ -114,12 +114,6 @@ class GuestCalls:
         if x1 or x2 or x3:
             return _INVALID
         return self._meminfo
-
-    def _mem_share(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
-        return self._change("mem_share", self._mem.guest_share_host, vcpu, x1, x2, x3)
-
-    def _mem_unshare(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
-        return self._change("mem_unshare", self._mem.guest_unshare_host, vcpu, x1, x2, x3)
 
     def _mem_relinquish(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
         """The page is the host's again, zeroed; where there is none, nothing happens."""
@@ -167,26 +161,23 @@ class GuestCalls:
         self._exits.forget_aborts()
         return (SUCCESS, done, 0, 0)
 
-    def _change(
-        self,
-        op: str,
-        transition: Callable[[GuestMemory, int, int], int],
-        vcpu: Vcpu,
-        ipa: int,
-        granules: int,
-        reserved: int,
-    ) -> Results | None:
-        """MEM_SHARE or MEM_UNSHARE of `granules` from `ipa` (0 means 1). X1 is how many were done,
+    def _changes(self, op: str, transition: Callable[[GuestMemory, int, int], int]) -> Service:
+        """MEM_SHARE or MEM_UNSHARE of X2 granules from X1 (0 means 1). X1 is how many were done,
         maybe not all; on an error none was. Without ranges it is one, and X1 says nothing."""
-        if reserved or (granules and not self._has_range):
-            return _INVALID
-        try:
-            done = transition(vcpu.vm, ipa, granules or 1)
-        except Refused as refused:
-            if op == "mem_share" and refused.errno == self._policy.memory.unmapped:
-                return self._unmapped(vcpu, refused)
-            return self._refused(op, vcpu, refused)
-        return (SUCCESS, done, 0, 0) if self._has_range else _DONE
+        has_range = self._has_range
+
+        def service(vcpu: Vcpu, ipa: int, granules: int, reserved: int) -> Results | None:
+            if reserved or (granules and not has_range):
+                return _INVALID
+            try:
+                done = transition(vcpu.vm, ipa, granules or 1)
+            except Refused as refused:
+                if op == "mem_share" and refused.errno == self._policy.memory.unmapped:
+                    return self._unmapped(vcpu, refused)
+                return self._refused(op, vcpu, refused)
+            return (SUCCESS, done, 0, 0) if has_range else _DONE
+
+        return service
 
     def _unmapped(self, vcpu: Vcpu, refused: Refused) -> Results | None:
         """MEM_SHARE of a frame without a page. Where the guest expects a device there will be

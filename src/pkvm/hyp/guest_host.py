@@ -19,9 +19,11 @@ from pkvm.arm64.stage2 import (
     PAGE_SHIFT,
     SW_STATE_MASK,
     SW_STATE_SHIFT,
+    TABLE_ENTRIES,
     VALID,
     PageState,
     guest_annotation,
+    level_shift,
 )
 from pkvm.events import Transition
 from pkvm.hyp.bulk import (
@@ -35,11 +37,13 @@ from pkvm.hyp.bulk import (
     splits_to_pages,
 )
 from pkvm.hyp.errors import Errno, Refused
-from pkvm.hyp.ownership import GuestMemory, Ownership
+from pkvm.hyp.ownership import GuestMemory, Ownership, make_event
 from pkvm.hyp.vmemmap import GUEST_OWNED, GUEST_SHARED_WITH_HOST
 
 MAX_PAGES_A_CALL = 256
 _LIMIT = 1 << 64
+_REGION_SHIFT = level_shift(LAST_LEVEL - 1)
+_INDEX_MASK = TABLE_ENTRIES - 1
 _SHARED = PageState.SHARED_OWNED << SW_STATE_SHIFT
 _LEAF_MASK = VALID | SW_STATE_MASK
 
@@ -56,51 +60,72 @@ class GuestHost(Ownership):
 
     def guest_share_host(self, vm: GuestMemory, ipa: int, nr: int) -> int:
         """Let the host, and its devices, into pages that the guest owns."""
-        with self.lock:
-            if nr == 1 and not ipa & PAGE_MASK:
-                stage2 = vm.stage2
-                index, entry, level = stage2.find(ipa)
-                if level == LAST_LEVEL and entry & _LEAF_MASK == VALID:
+        # One page is what nearly every call is about. Its way is spelt out, in as few calls as
+        # possible: the table that its leaf is in is known, and so is nothing to be split.
+        self._take()
+        try:
+            first = vm.stage2.walks.get(ipa >> _REGION_SHIFT)
+            if nr == 1 and first is not None and not ipa & PAGE_MASK:
+                index = first + (ipa >> PAGE_SHIFT & _INDEX_MASK)
+                entry = self._words[index]
+                if entry & _LEAF_MASK == VALID:
                     pa = entry & ADDRESS_MASK
-                    page = self._page_of(pa >> PAGE_SHIFT)
-                    self._check_states(page, 1, GUEST_OWNED)
+                    page = (pa >> PAGE_SHIFT) - self._first_pfn
+                    if self._state[page] != GUEST_OWNED:
+                        raise self._wrong_state(page, GUEST_OWNED)
                     self.host.give_page(pa)
                     self._state[page] = GUEST_SHARED_WITH_HOST
-                    stage2.set_state(index, entry, _SHARED)
-                    self._record(Transition("guest_share_host", pa, 1, vm.handle, ipa))
+                    self._words[index] = entry | _SHARED
+                    event = ("guest_share_host", pa, 1, vm.handle, ipa)
+                    self._record(make_event(Transition, event))
                     return 1
-            gfn, nr = self._guest_range(vm, ipa, nr)
-            pfns = self._guest_pages(vm, gfn, nr, PageState.OWNED, GUEST_OWNED)
-            self.host.give_runs(runs_in(np.sort(pfns)))
-            self.vmemmap.states[pfns - self._first_pfn] = GUEST_SHARED_WITH_HOST
-            self._set_states("guest_share_host", vm, gfn, pfns, _SHARED)
-            return nr
+            return self._share_range(vm, ipa, nr)
+        finally:
+            self._drop()
 
     def guest_unshare_host(self, vm: GuestMemory, ipa: int, nr: int) -> int:
         """Take shared pages back: neither the host nor a device reaches them any more."""
-        with self.lock:
-            if nr == 1 and not ipa & PAGE_MASK:
-                stage2 = vm.stage2
-                index, entry, level = stage2.find(ipa)
-                if level == LAST_LEVEL and entry & _LEAF_MASK == VALID | _SHARED:
+        self._take()
+        try:
+            first = vm.stage2.walks.get(ipa >> _REGION_SHIFT)
+            if nr == 1 and first is not None and not ipa & PAGE_MASK:
+                index = first + (ipa >> PAGE_SHIFT & _INDEX_MASK)
+                entry = self._words[index]
+                if entry & _LEAF_MASK == VALID | _SHARED:
                     pa = entry & ADDRESS_MASK
-                    page = self._page_of(pa >> PAGE_SHIFT)
-                    self._check_states(page, 1, GUEST_SHARED_WITH_HOST)
-                    self.host.take_page(pa, guest_annotation(vm.handle, ipa >> PAGE_SHIFT))
+                    page = (pa >> PAGE_SHIFT) - self._first_pfn
+                    if self._state[page] != GUEST_SHARED_WITH_HOST:
+                        raise self._wrong_state(page, GUEST_SHARED_WITH_HOST)
+                    handle = vm.handle
+                    self.host.take_page(pa, guest_annotation(handle, ipa >> PAGE_SHIFT))
                     self._state[page] = GUEST_OWNED
-                    stage2.set_state(index, entry, 0)
-                    self._record(Transition("guest_unshare_host", pa, 1, vm.handle, ipa))
+                    self._words[index] = entry ^ _SHARED
+                    event = ("guest_unshare_host", pa, 1, handle, ipa)
+                    self._record(make_event(Transition, event))
                     return 1
-            gfn, nr = self._guest_range(vm, ipa, nr)
-            pfns = self._guest_pages(vm, gfn, nr, PageState.SHARED_OWNED, GUEST_SHARED_WITH_HOST)
-            first = np.uint64(guest_annotation(vm.handle, gfn))
-            steps = np.arange(nr, dtype=np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
-            order = np.argsort(pfns)
-            single = Runs(pfns[order], np.ones(nr, np.int64))
-            self.host.take_runs(single, (first + steps)[order], 0)
-            self.vmemmap.states[pfns - self._first_pfn] = GUEST_OWNED
-            self._set_states("guest_unshare_host", vm, gfn, pfns, 0)
-            return nr
+            return self._unshare_range(vm, ipa, nr)
+        finally:
+            self._drop()
+
+    def _share_range(self, vm: GuestMemory, ipa: int, nr: int) -> int:
+        gfn, nr = self._guest_range(vm, ipa, nr)
+        pfns = self._guest_pages(vm, gfn, nr, PageState.OWNED, GUEST_OWNED)
+        self.host.give_runs(runs_in(np.sort(pfns)))
+        self.vmemmap.states[pfns - self._first_pfn] = GUEST_SHARED_WITH_HOST
+        self._set_states("guest_share_host", vm, gfn, pfns, _SHARED)
+        return nr
+
+    def _unshare_range(self, vm: GuestMemory, ipa: int, nr: int) -> int:
+        gfn, nr = self._guest_range(vm, ipa, nr)
+        pfns = self._guest_pages(vm, gfn, nr, PageState.SHARED_OWNED, GUEST_SHARED_WITH_HOST)
+        first = np.uint64(guest_annotation(vm.handle, gfn))
+        steps = np.arange(nr, dtype=np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
+        order = np.argsort(pfns)
+        single = Runs(pfns[order], np.ones(nr, np.int64))
+        self.host.take_runs(single, (first + steps)[order], 0)
+        self.vmemmap.states[pfns - self._first_pfn] = GUEST_OWNED
+        self._set_states("guest_unshare_host", vm, gfn, pfns, 0)
+        return nr
 
     def _guest_range(self, vm: GuestMemory, ipa: int, nr: int) -> tuple[int, int]:
         """(gfn, pages to look at now) of the guest's numbers."""

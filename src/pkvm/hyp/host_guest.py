@@ -33,7 +33,7 @@ from pkvm.events import Transition
 from pkvm.hyp.abi import PROT_R, PROT_RWX, PROT_W, PROT_X
 from pkvm.hyp.bulk import Frames, Runs, joined, joints, leaves, missing_tables, write
 from pkvm.hyp.errors import Errno, HypBug, Refused
-from pkvm.hyp.ownership import GuestMemory, Ownership, leaf_level
+from pkvm.hyp.ownership import GuestMemory, Ownership, leaf_level, make_event
 from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     HOST_OWNED,
@@ -89,18 +89,22 @@ class HostGuest(Ownership):
         with self.lock:
             page = self._ram_pages(pfn, 1)
             self._check_gfns(vm, gfn, 1)
-            self._check_states(page, 1, HOST_OWNED)
-            ipa = gfn << PAGE_SHIFT
-            stage2 = vm.stage2
-            _, entry, level = stage2.find(ipa)
+            if self._state[page] != HOST_OWNED:
+                raise self._wrong_state(page, HOST_OWNED)
+            ipa, pa = gfn << PAGE_SHIFT, pfn << PAGE_SHIFT
+            stage2, handle = vm.stage2, vm.handle
+            index, entry, level = stage2.find(ipa)
             if entry:
                 raise self._gfn_taken(vm, gfn)
-            self._check_tables(vm, LAST_LEVEL - level)
-            pa = pfn << PAGE_SHIFT
-            self.host.take_page(pa, guest_annotation(vm.handle, gfn))
+            if level < LAST_LEVEL:
+                self._check_tables(vm, LAST_LEVEL - level)
+            self.host.take_page(pa, guest_annotation(handle, gfn))
             self._state[page] = GUEST_OWNED
-            stage2.put(ipa, pa | GUEST_PAGE)
-            self._record(Transition("host_donate_guest", pa, 1, vm.handle, ipa))
+            if level == LAST_LEVEL:
+                stage2.store(ipa, index, 0, pa | GUEST_PAGE)
+            else:
+                stage2.put(ipa, pa | GUEST_PAGE)
+            self._record(make_event(Transition, ("host_donate_guest", pa, 1, handle, ipa)))
 
     def host_donate_guest_list(self, vm: GuestMemory, entries: npt.NDArray[np.uint64]) -> None:
         """Many donations, all or none. `entries` is (n, 3): pfn, gfn, number of pages; EL2's own

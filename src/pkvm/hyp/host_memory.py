@@ -8,7 +8,9 @@ a block that loses one page is dropped whole and the rest faults back.
 
 The DMA masters' is an identity map of all RAM that the host may access, made at
 once, since a device's fault cannot be repaired. A block that loses one page is
-split, contents preserved. Device windows are no targets of DMA.
+split, contents preserved; the table stays until the whole region is the host's
+again, for a guest's page that is shared now and then comes and goes. Device
+windows are no targets of DMA.
 
 Order (facts §10): a page is lost by host entry, TLBI, DMA entry, TLBI, then the
 state; it comes back by host entry, DMA entry, then the state, which the caller
@@ -55,6 +57,7 @@ from pkvm.hyp.bulk import (
     distinct,
     joined,
     leaves,
+    prune_tables,
     runs_in,
     write,
 )
@@ -70,6 +73,10 @@ HOST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
 ATTR_DMA = ATTR_NORMAL_RWX | XN_NONE
 DMA_PAGE = ATTR_DMA | TABLE_OR_PAGE
 _TABLE_SHIFT = 9
+_REGION_SHIFT = PAGE_SHIFT + _TABLE_SHIFT
+_INDEX_MASK = TABLE_ENTRIES - 1
+_make = tuple.__new__
+"""An event, as its class makes it, but without another Python call: see `ownership`."""
 _SPARE_PAGES = 16
 _MMIO_BYTES = BLOCK_1G
 
@@ -138,6 +145,7 @@ class HostMemory:
         self.enforced = enforced
         self.host_bus = host_bus
         self.dma_bus = dma_bus
+        self._words = memory.words
         self._record = recorder.record
         roots = []
         for invalidate in (self._invalidate_host, self._invalidate_dma):
@@ -155,6 +163,8 @@ class HostMemory:
                 )
             )
         self.stage2, self.dma = roots
+        self._walks, self._dma_walks = self.stage2.walks, self.dma.walks
+        self._refcount = vmemmap.refcount
         self._most_tables = 2 * (LAST_LEVEL - self.stage2.start_level)
 
     def withhold(self, pfns: Runs, annotation: int) -> None:
@@ -186,8 +196,29 @@ class HostMemory:
         """The host loses the page at `pa` to the owner that `annotation` names."""
         if not self.enforced:
             return
-        self._reserve(self._most_tables)
+        # What is nearly always so, in as few calls as possible: both have a table of pages there.
+        region, page = pa >> _REGION_SHIFT, pa >> PAGE_SHIFT & _INDEX_MASK
+        first, other = self._walks.get(region), self._dma_walks.get(region)
+        if first is None or other is None:
+            self._take_anywhere(pa, annotation)
+            return
+        words = self._words
+        entry = words[first + page]
+        words[first + page] = annotation
+        if entry & VALID:
+            self.host_bus.invalidate(pa)
+            self._record(_make(Tlbi, (HOST_VMID, pa, "cpu")))
+        elif not entry:
+            self._refcount[first >> _TABLE_SHIFT] += 1
+        words[other + page] = 0
+        self._refcount[other >> _TABLE_SHIFT] -= 1
+        self.dma_bus.invalidate(pa)
+        self._record(_make(Tlbi, (HOST_VMID, pa, "smmu")))
+
+    def _take_anywhere(self, pa: int, annotation: int) -> None:
+        """`take_page`, whatever the trees have there."""
         stage2, dma = self.stage2, self.dma
+        self._reserve(self._most_tables)
         index, entry, level = stage2.find(pa)
         if level == LAST_LEVEL:
             stage2.store(pa, index, entry, annotation)
@@ -202,21 +233,23 @@ class HostMemory:
         if level < LAST_LEVEL:
             dma.split(pa)
             index, entry, level = dma.find(pa)
-        dma.store(pa, index, entry, 0)
+        dma.clear(index)
         self._invalidate_dma(pa)
 
     def give_page(self, pa: int) -> None:
         """The host may use the page at `pa` again, which it had lost."""
         if not self.enforced:
             return
+        stage2, dma = self.stage2, self.dma
+        index, _, _ = stage2.find(pa)  # an annotation, and so that of a page
+        self._words[index] = pa | HOST_PAGE
+        other = self._dma_walks.get(pa >> _REGION_SHIFT)
+        if other is not None:
+            self._words[other + (pa >> PAGE_SHIFT & _INDEX_MASK)] = pa | DMA_PAGE
+            self._refcount[other >> _TABLE_SHIFT] += 1
+            return
         self._reserve(self._most_tables)
-        index, entry, _ = self.stage2.find(pa)
-        self.stage2.store(pa, index, entry, pa | HOST_PAGE)
-        index, entry, level = self.dma.find(pa)
-        if level == LAST_LEVEL:
-            self.dma.store(pa, index, entry, pa | DMA_PAGE)
-        else:
-            self.dma.put(pa, pa | DMA_PAGE)
+        dma.put(pa, pa | DMA_PAGE)
 
     def take_runs(self, pfns: Runs, annotations: Entries, step: int) -> None:
         """The host loses these pages to the owners that the annotations name: that of each run's
@@ -243,6 +276,7 @@ class HostMemory:
         self._invalidate_host(NO_ADDRESS)
         whole = pieces.sizes == TABLE_ENTRIES
         blocks = pieces.starts[whole] >> _TABLE_SHIFT
+        prune_tables(self.dma, blocks)
         self._map_for_dma(runs_in(blocks), BLOCK_LEVELS[-1], ATTR_DMA)
         self._map_for_dma(pieces.where(~whole), LAST_LEVEL, DMA_PAGE)
 

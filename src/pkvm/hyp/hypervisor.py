@@ -33,6 +33,7 @@ from pkvm.hyp.id_registers import has_ptrauth
 from pkvm.hyp.lifecycle import Lifecycle
 from pkvm.hyp.mem_protect import MemProtect, Range
 from pkvm.hyp.nonprotected import NonProtected
+from pkvm.hyp.ownership import make_event
 from pkvm.hyp.policy import RFC, Policy
 from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.sysregs import SystemRegisters
@@ -44,6 +45,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.memory import PhysicalMemory
 
 _FUNCTION_MASK = MASK64 & ~SVE_HINT
+_NO_ARGUMENTS = (0,) * 8
 _VCPU_RUN = int(HOST_CALL_BASE + HostCall.VCPU_RUN)
 
 
@@ -105,7 +107,7 @@ class Hypervisor:
             machine.memory,
             host_bus=machine.host_bus,
             dma_bus=machine.dma_bus,
-            guest_tlbi=engine.flush_tlb,
+            guest_tlbi=lambda vmid: self.cpu.flush_tlb(vmid),
             invalidate_code=engine.invalidate_code,
             recorder=recorder,
             carveout=carveout,
@@ -159,14 +161,21 @@ class Hypervisor:
             why = f"function {function_id:#x} does not exist"
             self._record(Refusal("host_call", "function_id", 0, why))
             return SMCCC_NOT_SUPPORTED, 0
-        numbers = [arg & MASK64 for arg in (x1, x2, x3, *more)[: entry.arity]]
-        numbers += [0] * (entry.arity - len(numbers))
+        name, arity, handler = entry
         try:
             with self.cpu.lock:
-                result = entry.handler(*numbers) or 0
+                # Spelt out: every page that changes hands comes by here.
+                if arity == 3:
+                    result = handler(x1 & MASK64, x2 & MASK64, x3 & MASK64)
+                elif arity == 2:
+                    result = handler(x1 & MASK64, x2 & MASK64)
+                else:
+                    numbers = (x1, x2, x3, *more, *_NO_ARGUMENTS)[:arity]
+                    result = handler(*(number & MASK64 for number in numbers))
         except Refused as refused:
-            result = self._refuse(entry.name, refused)
-        self._record(HostHypercall(entry.name, result))
+            result = self._refuse(name, refused)
+        result = result or 0
+        self._record(make_event(HostHypercall, (name, result)))
         return SMCCC_SUCCESS, result
 
     def _refuse(self, name: str, refused: Refused) -> int:

@@ -64,10 +64,10 @@ class MemProtect(
 ):
     """EL2's ownership of memory.
 
-    `host_bus` and `dma_bus` are the host CPU's and the devices' way to memory. `guest_tlbi` is
-    TLBI and DSB for everything below EL2 on the CPU, `invalidate_code(pa, nbytes)` what the engine
-    needs after EL2 wrote where guest code may have been. With `protected` False the buses stay in
-    bypass and the host keeps its reach; states are kept all the same, since VMs need them.
+    `host_bus` and `dma_bus` are the host CPU's and the devices' way to memory. `guest_tlbi(vmid)`
+    is TLBI and DSB for a VM on the CPU, `invalidate_code(pa, nbytes)` what the engine needs after
+    EL2 wrote where guest code may have been. With `protected` False the buses stay in bypass and
+    the host keeps its reach; states are kept all the same, since VMs need them.
 
     The constructor zeroes the carve-out and lays it out; then `initialise`, then `finalise`.
     Raises ValueError if the carve-out or the firmware region is not page-aligned RAM, if they
@@ -80,7 +80,7 @@ class MemProtect(
         *,
         host_bus: BusMaster,
         dma_bus: BusMaster,
-        guest_tlbi: Callable[[], None],
+        guest_tlbi: Callable[[int], None],
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
         carveout: Range,
@@ -191,7 +191,7 @@ class MemProtect(
         tlbi, record = self._guest_tlbi, self._record
 
         def invalidate(ipa: int) -> None:
-            tlbi()
+            tlbi(vmid)
             record(Tlbi(vmid, ipa))
 
         return Stage2(

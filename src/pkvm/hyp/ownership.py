@@ -23,6 +23,7 @@ from pkvm.arm64.stage2 import (
     ANNOTATION_POISONED,
     LAST_LEVEL,
     PAGE_SHIFT,
+    PAGE_SIZE,
     SW_STATE_MASK,
     SW_STATE_SHIFT,
     TABLE_ENTRIES,
@@ -36,6 +37,7 @@ from pkvm.hyp.host_memory import HostMemory
 from pkvm.hyp.memcache import Memcache
 from pkvm.hyp.memory_policy import MemoryPolicy
 from pkvm.hyp.pgtable import Stage2
+from pkvm.hyp.pool import ZERO_PAGE
 from pkvm.hyp.vmemmap import Vmemmap, host_state, hyp_state
 from pkvm.machine.memory import PhysicalMemory
 
@@ -70,6 +72,11 @@ class GuestMemory(Protocol):
         ...
 
 
+make_event = tuple.__new__
+"""An event, as its class makes it, but without another Python call: for what is done page by page.
+"""
+
+
 class Ownership:
     """The state of all memory, and the checks that the transitions share."""
 
@@ -88,10 +95,12 @@ class Ownership:
         self.vmemmap = vmemmap
         self.host = host
         self.lock = threading.RLock()
+        self._take, self._drop = self.lock.acquire, self.lock.release
         self.policy = policy
         self._record = recorder.record
         self._invalidate_code = invalidate_code
         self._state = vmemmap.state
+        self._words = memory.words
         self._first_pfn = memory.ram_base >> PAGE_SHIFT
         self._npages = vmemmap.npages
         self._frame_limit = 1 << ipa_bits - PAGE_SHIFT
@@ -99,7 +108,11 @@ class Ownership:
 
     def zero(self, pa: int, nbytes: int) -> None:
         """Zero RAM [pa, pa+nbytes) (multiples of 8), and forget code translated from it."""
-        self.memory.zero(pa, nbytes)
+        if nbytes == PAGE_SIZE:
+            first = (pa - self.memory.ram_base) >> 3
+            self._words[first : first + TABLE_ENTRIES] = ZERO_PAGE
+        else:
+            self.memory.zero(pa, nbytes)
         self._invalidate_code(pa, nbytes)
 
     def _ram_pages(self, pfn: int, nr: int) -> int:

@@ -47,6 +47,7 @@ from pkvm.machine.memory import PhysicalMemory
 TABLE = VALID | TABLE_OR_PAGE
 LOCKED = ANNOTATION.encode(type=InvalidType.LOCKED)
 """What stands in an entry between the break and the make."""
+_TABLE_SHIFT = level_shift(LAST_LEVEL - 1)
 _SHIFTS = tuple(level_shift(level) for level in range(LAST_LEVEL + 1))
 _INDEX_MASK = TABLE_ENTRIES - 1
 STEPS = np.arange(TABLE_ENTRIES, dtype=np.uint64)
@@ -119,6 +120,9 @@ class Stage2:
         self._words = memory.words
         self._base = memory.ram_base
         self._root_shift = _SHIFTS[geometry.start_level]
+        self.walks: dict[int, int] = {}
+        """Where walks have ended, by IPA >> 21: index in `memory.words` of the first entry of the
+        table of pages. Every table that is freed empties it."""
 
     def find(self, ipa: int) -> tuple[int, int, int]:
         """Where the walk of `ipa` (bytes) ends: (index of the entry in `memory.words`, the entry,
@@ -126,9 +130,13 @@ class Stage2:
 
         Raises Refused(ERANGE) beyond the input space.
         """
+        words = self._words
+        first = self.walks.get(ipa >> _TABLE_SHIFT)
+        if first is not None:
+            index = first + (ipa >> PAGE_SHIFT & _INDEX_MASK)
+            return index, words[index], LAST_LEVEL
         if ipa >> self.ipa_bits:
             raise Refused(Errno.ERANGE, "ipa_range", "the IPA is beyond the VM's space", ipa=ipa)
-        words = self._words
         index = self.root_index + (ipa >> self._root_shift)
         entry = words[index]
         level = self.start_level
@@ -138,6 +146,8 @@ class Stage2:
                 ipa >> _SHIFTS[level] & _INDEX_MASK
             )
             entry = words[index]
+        if level == LAST_LEVEL:
+            self.walks[ipa >> _TABLE_SHIFT] = index & ~_INDEX_MASK
         return index, entry, level
 
     def leaf(self, ipa: int) -> tuple[int, int]:
@@ -167,6 +177,8 @@ class Stage2:
         old = words[index]
         if is_table(old, level):
             raise HypBug(f"a table stands where a leaf must go, IPA {ipa:#x}")
+        if level == LAST_LEVEL:
+            self.walks[ipa >> _TABLE_SHIFT] = index & ~_INDEX_MASK
         self.store(ipa, index, old, entry)
         return old
 
@@ -183,6 +195,12 @@ class Stage2:
             self.refcount[index >> 9] -= 1
             if self.refcount[index >> 9] == 1:
                 self.prune(ipa)
+
+    def clear(self, index: int) -> None:
+        """Zero the leaf at `index`, which is not zero, and leave its table even if it is empty
+        then. A TLBI is due."""
+        self._words[index] = 0
+        self.refcount[index >> 9] -= 1
 
     def set_state(self, index: int, entry: int, state: int) -> None:
         """Store the valid leaf `entry` with other software bits; no TLBI is due for those."""
@@ -212,6 +230,7 @@ class Stage2:
                 break
             words[slot] = 0
             self.refcount[slot >> 9] -= 1
+            self.walks.clear()
             self.tables.free(table)
 
     def split(self, ipa: int) -> None:
@@ -236,6 +255,7 @@ class Stage2:
         maps stay what they are: a protected guest's stay annotated in the host's stage-2, lost
         but never exposed.
         """
+        self.walks.clear()
         for page in range(self.root, self.root + self.root_tables * PAGE_SIZE, PAGE_SIZE):
             self._free_tree(page, self.start_level)
 

@@ -17,7 +17,8 @@ from pkvm.hyp.vmemmap import Vmemmap
 from pkvm.machine.memory import PhysicalMemory
 
 _Pages = npt.NDArray[np.uint64]
-_ZERO_PAGE = memoryview(bytes(PAGE_SIZE)).cast("Q")
+ZERO_PAGE = memoryview(bytes(PAGE_SIZE)).cast("Q")
+"""The words of a page that is zero."""
 
 
 class PageStack:
@@ -66,7 +67,7 @@ class PageStack:
         """Put the page at `pa` (bytes, aligned) on the stack, zeroed, refcount 0."""
         offset = pa - self._base
         first = offset >> 3
-        self._words[first : first + TABLE_ENTRIES] = _ZERO_PAGE
+        self._words[first : first + TABLE_ENTRIES] = ZERO_PAGE
         self._words[first] = self._head
         self._refcount[offset >> PAGE_SHIFT] = 0
         self._head = pa

@@ -23,7 +23,7 @@ from pkvm.arm64.stage2 import (
 from pkvm.events import NO_ADDRESS, Transition
 from pkvm.hyp.bulk import Leaves, Runs, clear_leaves, joined, joints, leaves, splits_at_ends
 from pkvm.hyp.errors import Errno, HypBug, Refused
-from pkvm.hyp.ownership import GuestMemory, Ownership
+from pkvm.hyp.ownership import GuestMemory, Ownership, make_event
 from pkvm.hyp.vmemmap import GUEST_OWNED, GUEST_SHARED_WITH_HOST, HOST_OWNED
 
 _OP = "reclaim_dying_guest_range"
@@ -48,9 +48,9 @@ class Reclaim(Ownership):
             stage2 = vm.stage2
             if nr == 1:
                 ipa = gfn << PAGE_SHIFT
-                _, entry, level = stage2.find(ipa)
+                index, entry, level = stage2.find(ipa)
                 if level == LAST_LEVEL and entry & _LEAF_MASK == VALID:
-                    self._reclaim_private_page(vm, ipa, entry & ADDRESS_MASK)
+                    self._reclaim_private_page(vm, ipa, index, entry)
                     return 1
             found = self._mapped(vm, gfn, nr)
             if not found.frames.size:
@@ -86,16 +86,19 @@ class Reclaim(Ownership):
         is_valid = found.entries & np.uint64(VALID) != 0
         return Leaves(*(column[is_valid] for column in found))
 
-    def _reclaim_private_page(self, vm: GuestMemory, ipa: int, pa: int) -> None:
-        page = self._page_of(pa >> PAGE_SHIFT)
+    def _reclaim_private_page(self, vm: GuestMemory, ipa: int, index: int, entry: int) -> None:
+        """Reclaim the page that the word of this index, which holds `entry`, maps at `ipa`."""
+        pa = entry & ADDRESS_MASK
+        page = (pa >> PAGE_SHIFT) - self._first_pfn
         if self._state[page] != GUEST_OWNED:
             raise HypBug(f"VM {vm.handle:#x} maps PA {pa:#x} that it does not own")
-        vm.stage2.put(ipa, 0)
-        vm.stage2.invalidate(ipa)
+        stage2 = vm.stage2
+        stage2.store(ipa, index, entry, 0)
+        stage2.invalidate(ipa)
         self.zero(pa, PAGE_SIZE)
         self.host.give_page(pa)
         self._state[page] = HOST_OWNED
-        self._record(Transition(_OP, pa, 1, vm.handle, ipa))
+        self._record(make_event(Transition, (_OP, pa, 1, vm.handle, ipa)))
 
     def _check_owned(self, vm: GuestMemory, found: Leaves) -> None:
         """Refuse (EPERM) a leaf that is neither OWNED nor SHARED_OWNED."""

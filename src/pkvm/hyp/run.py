@@ -186,6 +186,12 @@ class PhysicalCpu:
             raise Refused(Errno.EINVAL, "fsc", "it was no translation fault", vm=vcpu.handle)
         return (hpfar & HPFAR_FIPA_MASK) << 8
 
+    def flush_tlb(self, vmid: int) -> None:
+        """TLBI and DSB for a VM. Only the one whose context the CPU holds has anything there."""
+        resident = self._resident
+        if resident is not None and resident.vm.stage2.vmid == vmid:
+            self._engine.flush_tlb()
+
     def forget(self, vm: Vm) -> None:
         """The VM is over: nothing of it stays in the CPU, neither registers nor TLB entries."""
         engine = self._engine

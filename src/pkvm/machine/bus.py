@@ -89,11 +89,6 @@ class _Tlb:
         else:
             self.blocks_1g[ipa >> 30] = delta
 
-    def forget(self, ipa: int) -> None:
-        self.pages.pop(ipa >> 12, None)
-        self.blocks_2m.pop(ipa >> 21, None)
-        self.blocks_1g.pop(ipa >> 30, None)
-
     def forget_all(self) -> None:
         self.pages.clear()
         self.blocks_2m.clear()
@@ -127,8 +122,17 @@ class Bus:
         self._memory = memory
         self._context: Stage2Context | None = None
         self._lock = threading.Lock()
+        self._take, self._drop = self._lock.acquire, self._lock.release
         self._loads = _Tlb(Access.READ)
         self._stores = _Tlb(Access.WRITE)
+        self._has_blocks = False
+        """Whether the TLB may hold blocks."""
+        self._load_pages, self._store_pages = self._loads.pages, self._stores.pages
+        self._blocks = tuple(
+            (shift, table)
+            for tlb in (self._loads, self._stores)
+            for shift, table in ((21, tlb.blocks_2m), (30, tlb.blocks_1g))
+        )
 
     @property
     def context(self) -> Stage2Context | None:
@@ -145,13 +149,21 @@ class Bus:
     def invalidate(self, ipa: int | None = None) -> None:
         """TLBI and DSB: forget the translation of `ipa`, the whole block if it was one; None:
         all. When it returns no access with a forgotten translation is under way."""
-        with self._lock:
+        self._take()  # spelt out: EL2 does this at every change of ownership
+        try:
             if ipa is None:
                 self._loads.forget_all()
                 self._stores.forget_all()
-            else:
-                self._loads.forget(ipa)
-                self._stores.forget(ipa)
+                self._has_blocks = False
+                return
+            page = ipa >> 12
+            self._load_pages.pop(page, None)
+            self._store_pages.pop(page, None)
+            if self._has_blocks:
+                for shift, blocks in self._blocks:
+                    blocks.pop(ipa >> shift, None)
+        finally:
+            self._drop()
 
     def tlb_entries(self) -> list[TlbEntry]:
         """What the TLB holds now, for those who check it against the tables."""
@@ -325,6 +337,7 @@ class Bus:
             if self._memory.is_ram(ipa):
                 self._loads.fill_block(ipa, BLOCK_1G, 0)
                 self._stores.fill_block(ipa, BLOCK_1G, 0)
+                self._has_blocks = True
             return 0
         found = walk(self._memory, ctx, ipa, tlb.access)
         delta = found.pa - ipa
@@ -340,6 +353,7 @@ class Bus:
                 one.fill_pages(ipa, count, delta)
             else:
                 one.fill_block(ipa, level_size(found.level), delta)
+                self._has_blocks = True
         return delta
 
     def _holds_any(self, pages: range) -> bool:
