@@ -188,6 +188,8 @@ def _demand_fault() -> float:
             body += [*touch, exits.b_ne(len(touch))]
         image = exits.program(*body, *exits.mov(0, 0x8400_0008), _HVC)
         with System(memory=128 << 20, dialect="upstream", recorder=NullRecorder()) as system:
+            words = system.machine.memory.u64
+            words[:: PAGE // 8] |= np.uint64(0)  # no page of this process is new to it
             kvm = system.open()
             small = board.Board(ram_bytes=32 << 20)
             vmm = Vmm(kvm, small, load_image(image, small), console=lambda data: None)

@@ -86,9 +86,14 @@ class HostGuest(Ownership):
                 run = _Donation(*np.array([[pfn], [gfn], [nr]], np.int64))
                 self._donate("host_donate_guest", vm, run)
             return
-        with self.lock:
-            page = self._ram_pages(pfn, 1)
-            self._check_gfns(vm, gfn, 1)
+        # At the first touch of a page, and for each page: in as few calls as possible.
+        self._take()
+        try:
+            page = pfn - self._first_pfn
+            if not 0 <= page < self._npages:
+                self._ram_pages(pfn, 1)
+            if not 0 <= gfn < self._frame_limit:
+                self._check_gfns(vm, gfn, 1)
             if self._state[page] != HOST_OWNED:
                 raise self._wrong_state(page, HOST_OWNED)
             ipa, pa = gfn << PAGE_SHIFT, pfn << PAGE_SHIFT
@@ -100,11 +105,13 @@ class HostGuest(Ownership):
                 self._check_tables(vm, LAST_LEVEL - level)
             self.host.take_page(pa, guest_annotation(handle, gfn))
             self._state[page] = GUEST_OWNED
-            if level == LAST_LEVEL:
-                stage2.store(ipa, index, 0, pa | GUEST_PAGE)
-            else:
+            if level < LAST_LEVEL:
                 stage2.put(ipa, pa | GUEST_PAGE)
+            else:
+                stage2.store(ipa, index, 0, pa | GUEST_PAGE)
             self._record(make_event(Transition, ("host_donate_guest", pa, 1, handle, ipa)))
+        finally:
+            self._drop()
 
     def host_donate_guest_list(self, vm: GuestMemory, entries: npt.NDArray[np.uint64]) -> None:
         """Many donations, all or none. `entries` is (n, 3): pfn, gfn, number of pages; EL2's own
