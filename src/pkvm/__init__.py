@@ -11,9 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pkvm.system import System, open
+    from pkvm.opening import open
+    from pkvm.system import System
 
-_EXPORTS = {"System": "pkvm.system", "open": "pkvm.system"}
+_EXPORTS = {"System": "pkvm.system", "open": "pkvm.opening"}
 
 __all__ = ["System", "__version__", "open"]
 __version__ = "0.1.0"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A machine, its EL2 and its host, put together: the one room with a door to both sides.
 
+`pkvm.open` (`pkvm.opening`) makes one for whoever wants no more than its /dev/kvm.
+
 The order is that of a boot: the machine; its boot firmware, which leaves a
 device tree and the guest firmware in memory; the host, early, which reads from
 the tree where that firmware is; EL2, which takes its carve-out and the firmware
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from pkvm.check.census import Census, census, private_to_guests, shared_by_guests
 from pkvm.events import Message, Recorder
@@ -233,18 +235,6 @@ class Options(TypedDict, total=False):
     dialect: str
     memlock: int | None
     check: bool
-
-
-def open(backend: str = "model", **options: Unpack[Options]) -> Kvm:
-    """Open KVM on a machine of its own.
-
-    `options` are those of `System`; the machine ends when the returned `Kvm` is closed, and every
-    VM on it. Raises ValueError for any other back-end, and what `System` raises.
-    """
-    if backend != "model":
-        raise ValueError(f'there is no back-end {backend!r}; use the built-in machine, "model"')
-    system = System(**options)
-    return Kvm(system.kernel, on_close=system.close)
 
 
 def _repeated_bytes() -> Callable[[int], bytes]:

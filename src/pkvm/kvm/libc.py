@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The C library's calls that Python's own modules do not offer as a driver of KVM needs them.
+
+ctypes, since Python's `mmap` tells no address and unmaps a whole object only, `fcntl.ioctl` takes
+no number above a C int, `os.pread` no address to read to, and `signal.signal` neither another
+thread than the main one nor a handler in C. Addresses and sizes are numbers here; no Python object
+stands for the memory, so that nothing can touch it but a system call. glibc or musl on 64-bit
+Linux.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_int, c_long, c_size_t, c_ulong, c_void_p
+from typing import Any
+
+_C = ctypes.CDLL(None, use_errno=True)
+_SIGACTION_BYTES = 256
+"""More than a struct sigaction has; its first word is the handler, then come mask and flags."""
+
+
+def _declared(name: str, result: Any, *arguments: Any) -> Any:
+    function = getattr(_C, name)
+    function.restype, function.argtypes = result, arguments
+    return function
+
+
+_ioctl = _declared("ioctl", c_int, c_int, c_ulong, c_ulong)
+_madvise = _declared("madvise", c_int, c_void_p, c_size_t, c_int)
+_mmap = _declared("mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
+_munmap = _declared("munmap", c_int, c_void_p, c_size_t)
+_pread = _declared("pread", c_long, c_int, c_void_p, c_size_t, c_long)
+_pwrite = _declared("pwrite", c_long, c_int, c_void_p, c_size_t, c_long)
+_sigaction = _declared("sigaction", c_int, c_int, c_void_p, c_void_p)
+_FAILED = (1 << 8 * ctypes.sizeof(c_void_p)) - 1
+"""MAP_FAILED."""
+
+
+def ioctl(fd: int, request: int, argument: int) -> int:
+    """ioctl(2) with an unsigned long. Raises OSError."""
+    return _checked(_ioctl(fd, request, argument))
+
+
+def mmap(length: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> int:
+    """mmap(2): the address. Raises OSError."""
+    address: int | None = _mmap(None, length, protection, flags, fd, offset)
+    if address is None or address == _FAILED:
+        raise _error()
+    return address
+
+
+def munmap(address: int, length: int) -> None:
+    """munmap(2). Raises OSError."""
+    _checked(_munmap(address, length))
+
+
+def madvise(address: int, length: int, advice: int) -> None:
+    """madvise(2). Raises OSError."""
+    _checked(_madvise(address, length, advice))
+
+
+def pread(fd: int, address: int, length: int, offset: int) -> int:
+    """pread(2) to memory at `address`: how many bytes came. Raises OSError."""
+    return _checked(_pread(fd, address, length, offset))
+
+
+def pwrite(fd: int, address: int, length: int, offset: int) -> int:
+    """pwrite(2) of memory at `address`: how many bytes went. Raises OSError."""
+    return _checked(_pwrite(fd, address, length, offset))
+
+
+def interrupt_on(signal_number: int) -> Any:
+    """Let a signal interrupt system calls and do nothing else, in every thread; what it did before,
+    for `restore`. Raises OSError.
+
+    The handler is abs(3): it takes a number, as a handler does, and touches nothing, so that it may
+    run at any point of any thread. Python, whose handlers wait for the main thread, hears nothing.
+    """
+    before = ctypes.create_string_buffer(_SIGACTION_BYTES)
+    handler = ctypes.cast(_C.abs, c_void_p).value or 0
+    action = ctypes.create_string_buffer(handler.to_bytes(8, "little"), _SIGACTION_BYTES)
+    _checked(_sigaction(signal_number, action, before))
+    return before
+
+
+def restore(signal_number: int, before: Any) -> None:
+    """Undo `interrupt_on`. Raises OSError."""
+    _checked(_sigaction(signal_number, before, None))
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        raise _error()
+    return result
+
+
+def _error() -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number))
