@@ -57,7 +57,6 @@ def test_capabilities() -> None:
         uapi.Cap.IRQCHIP,
         uapi.Cap.IRQFD,
         uapi.Cap.IRQFD_RESAMPLE,
-        uapi.Cap.DEVICE_CTRL,
         uapi.Cap.ARM_IRQ_LINE_LAYOUT_2,
     )
     assert all(rig.kernel.ioctl(rig.kvm, uapi.Ioctl.CHECK_EXTENSION, cap) for cap in caps)

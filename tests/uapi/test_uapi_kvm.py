@@ -20,6 +20,7 @@ def test_request_numbers() -> None:
         "GET_VCPU_MMAP_SIZE": "0xae04",
         "CREATE_VCPU": "0xae41",
         "SET_USER_MEMORY_REGION": "0x4020ae46",
+        "SET_USER_MEMORY_REGION2": "0x40a0ae49",
         "CREATE_IRQCHIP": "0xae60",
         "IRQ_LINE": "0x4008ae61",
         "IRQFD": "0x4020ae76",

@@ -59,13 +59,17 @@ def page() -> str:
         _line(["PSCI versions", *(", ".join(_versions(name)) for name in names)]),
     )
     lines.append(_line(["KVM_FEATURES", *(f"{HOST[name].features:#x}" for name in names)]))
-    lines.append(_line(["TRNG, PTP", *("yes" if HOST[name].services else "" for name in names)]))
+    lines.append(
+        _line(["TRNG, PTP, PV_TIME", *("yes" if HOST[name].services else "" for name in names)]),
+    )
     lines += ["", "## Capabilities that a protected VM's descriptor reports", ""]
     lines += [_line(["", *names]), _line(["---"] * (1 + len(names)))]
-    for cap in Cap:
-        if cap not in ALWAYS_ASKED and cap != Cap.ARM_PROTECTED_VM:
-            cells = ["yes" if dialect.offers(cap) else "0" for dialect in DIALECTS.values()]
-            lines.append(_line([f"KVM_CAP_{cap.name}", *cells]))
+    listed = set().union(*(dialect.caps or () for dialect in DIALECTS.values()))
+    for cap in sorted(listed):
+        cells = ["yes" if dialect.offers(cap) else "0" for dialect in DIALECTS.values()]
+        lines.append(_line([f"KVM_CAP_{cap.name}", *cells]))
+    cells = ["0" if dialect.caps else "yes" for dialect in DIALECTS.values()]
+    lines.append(_line(["any other of the architecture's", *cells]))
     others = ", ".join(cap.name for cap in Cap if cap in ALWAYS_ASKED)
     lines += ["", f"These are KVM's own and pass every filter: {others}."]
     return "\n".join(lines) + "\n"

@@ -14,6 +14,7 @@ from pkvm.uapi.kvm import TYPE_PROTECTED, Cap
 from pkvm.vmm.board import DEFAULT_RAM_BYTES
 
 if TYPE_CHECKING:
+    from pkvm.kvm import Kvm
     from pkvm.system import System
 
 
@@ -54,8 +55,8 @@ def _facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
     protected = system.protected
     kind = TYPE_PROTECTED if protected and dialect.creation is Creation.TYPE_BIT else 0
     with system.open() as kvm, kvm.create_vm(kind) as vm:
-        capabilities = {cap.name: kvm.check_extension(cap) for cap in Cap}
-        filtered = [cap.name for cap in Cap if kvm.check_extension(cap) != vm.check_extension(cap)]
+        capabilities = {cap.name: _extension(kvm, cap) for cap in Cap}
+        filtered = [cap.name for cap in Cap if _extension(kvm, cap) != vm.check_extension(cap)]
         firmware_size = 0
         if protected and dialect.capability is not None:
             firmware_size = vm.protected_vm_info(cap=dialect.capability).firmware_size
@@ -79,6 +80,14 @@ def _facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
         "hypercalls": _hypercalls(dialect.name) if protected else [],
         "rules": {row.topic: row.answer(dialect) for row in ROWS},
     }
+
+
+def _extension(kvm: Kvm, cap: int) -> int:
+    """KVM_CHECK_EXTENSION; 0 for what the system does not answer."""
+    try:
+        return kvm.check_extension(cap)
+    except OSError:
+        return 0
 
 
 def _hypercalls(dialect: str) -> list[str]:

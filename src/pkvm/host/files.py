@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
-from pkvm.host import firmware_address, irqchip, protected, regs
+from pkvm.host import capabilities, irqchip, regs, stolen_time
 from pkvm.host.argument import Argument, Handler
 from pkvm.host.dma import CopyDriver
 from pkvm.host.host import IPA_BITS, Host
@@ -19,13 +20,10 @@ from pkvm.host.mm import UserSpace
 from pkvm.host.run import kvm_run
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
-from pkvm.hyp.abi import MAX_VCPUS
-from pkvm.uapi.dialects import Firmware
 from pkvm.uapi.kvm import (
     API_VERSION,
-    ENABLE_CAP,
-    MEM_SLOTS_NUM,
     MEMORY_REGION,
+    MEMORY_REGION2_BYTES,
     MP_STATE,
     ONE_REG,
     TARGET_GENERIC_V8,
@@ -65,7 +63,7 @@ class KvmFile:
         self._requests: Mapping[int, Handler] = {
             Ioctl.GET_API_VERSION: self._get_api_version,
             Ioctl.CREATE_VM: self._create_vm,
-            Ioctl.CHECK_EXTENSION: lambda argument: check_extension(host, argument.number),
+            Ioctl.CHECK_EXTENSION: lambda argument: capabilities.of_system(host, argument.number),
             Ioctl.GET_VCPU_MMAP_SIZE: self._get_vcpu_mmap_size,
         }
 
@@ -127,7 +125,9 @@ class VmFile:
             Ioctl.CHECK_EXTENSION: self._check_extension,
             Ioctl.CREATE_VCPU: self._create_vcpu,
             Ioctl.SET_USER_MEMORY_REGION: self._set_user_memory_region,
-            Ioctl.ENABLE_CAP: self._enable_cap,
+            Ioctl.SET_USER_MEMORY_REGION2: self._set_user_memory_region2,
+            Ioctl.ENABLE_CAP: partial(capabilities.enable, vm),
+            Ioctl.ARM_SET_DEVICE_ADDR: self._set_device_addr,
             Ioctl.ARM_PREFERRED_TARGET: self._preferred_target,
             **irqchip.requests(vm, install),
         }
@@ -155,26 +155,21 @@ class VmFile:
         self.vm.set_memory_region(argument.read(MEMORY_REGION.size))
         return 0
 
-    def _enable_cap(self, argument: Argument) -> int:
-        """KVM_ENABLE_CAP (KVM API 4.37): ARM_PROTECTED_VM, by the number that the dialect gives it,
-        on a host in protected mode."""
-        cap, flags, *args = ENABLE_CAP.unpack(argument.read(ENABLE_CAP.size))
-        host = self.vm.host
-        if cap != host.dialect.capability:
-            raise OSError(errno.EINVAL, f"capability {cap} cannot be enabled")
-        if not host.protected_mode:
-            raise OSError(errno.EINVAL, "the host is not in protected mode")
-        slot = host.dialect.firmware is Firmware.SLOT
-        enable = protected.enable_cap if slot else firmware_address.enable_cap
-        enable(self.vm, flags, (args[0], args[1], args[2], args[3]))
+    def _set_user_memory_region2(self, argument: Argument) -> int:
+        """KVM_SET_USER_MEMORY_REGION2 (KVM API 4.140): the same, as there is no guest_memfd."""
+        self.vm.set_memory_region(argument.read(MEMORY_REGION2_BYTES)[: MEMORY_REGION.size])
         return 0
 
     def _check_extension(self, argument: Argument) -> int:
-        """KVM_CHECK_EXTENSION (KVM API 4.4): of a protected VM as far as its dialect lets."""
-        cap = argument.number
-        if self.vm.protected and not self.vm.host.dialect.offers(cap):
-            return 0
-        return check_extension(self.vm.host, cap)
+        """KVM_CHECK_EXTENSION (KVM API 4.4)."""
+        return capabilities.of_vm(self.vm, argument.number)
+
+    def _set_device_addr(self, argument: Argument) -> int:
+        """KVM_ARM_SET_DEVICE_ADDR (KVM API 4.85): where a GICv2 is, which there is not. Raises
+        ENODEV; EINVAL where the VM's descriptor does not offer it."""
+        if not capabilities.of_vm(self.vm, Cap.ARM_SET_DEVICE_ADDR):
+            raise OSError(errno.EINVAL, "a protected VM has no device whose address is set so")
+        raise OSError(errno.ENODEV, "there is no GICv2: KVM_CREATE_DEVICE makes a GICv3")
 
     def _preferred_target(self, argument: Argument) -> int:
         """KVM_ARM_PREFERRED_TARGET (KVM API 4.83)."""
@@ -194,6 +189,9 @@ class VcpuFile:
             Ioctl.SET_ONE_REG: self._set_one_reg,
             Ioctl.ARM_VCPU_INIT: self._vcpu_init,
             Ioctl.GET_REG_LIST: self._get_reg_list,
+            Ioctl.SET_DEVICE_ATTR: partial(stolen_time.attribute, vcpu, Ioctl.SET_DEVICE_ATTR),
+            Ioctl.GET_DEVICE_ATTR: partial(stolen_time.attribute, vcpu, Ioctl.GET_DEVICE_ATTR),
+            Ioctl.HAS_DEVICE_ATTR: partial(stolen_time.attribute, vcpu, Ioctl.HAS_DEVICE_ATTR),
         }
 
     def ioctl(self, request: int, arg: int | bytearray) -> int:
@@ -321,40 +319,6 @@ class DmaFile:
 
     def release(self) -> None:
         """Nothing is kept for it."""
-
-
-def check_extension(host: Host, cap: int) -> int:
-    """KVM_CHECK_EXTENSION (KVM API 4.4) of the system, and of a VM that is not protected."""
-    if cap == host.dialect.capability:
-        return int(host.protected_mode)
-    if cap in (Cap.IRQCHIP, Cap.DEVICE_CTRL, Cap.ARM_IRQ_LINE_LAYOUT_2):
-        return irqchip.has_gic(host)
-    if cap in (Cap.IRQFD, Cap.IRQFD_RESAMPLE):
-        return irqchip.has_irqfd(host)
-    if cap in (Cap.ARM_PTRAUTH_ADDRESS, Cap.ARM_PTRAUTH_GENERIC):
-        return int(host.ptrauth != 0)
-    return _CAPS.get(cap, 0)
-
-
-_CAPS: Mapping[int, int] = {
-    Cap.USER_MEMORY: 1,
-    Cap.NR_VCPUS: 1,
-    Cap.NR_MEMSLOTS: MEM_SLOTS_NUM,
-    Cap.MP_STATE: 1,
-    Cap.SYNC_MMU: 1,
-    Cap.DESTROY_MEMORY_REGION_WORKS: 1,
-    Cap.MAX_VCPUS: MAX_VCPUS,
-    Cap.ONE_REG: 1,
-    Cap.READONLY_MEM: 1,
-    Cap.ARM_PSCI: 1,
-    Cap.ENABLE_CAP_VM: 1,
-    Cap.ARM_PSCI_0_2: 1,
-    Cap.CHECK_EXTENSION_VM: 1,
-    Cap.MAX_VCPU_ID: MAX_VCPUS,
-    Cap.IMMEDIATE_EXIT: 1,
-    Cap.ARM_VM_IPA_SIZE: IPA_BITS,
-}
-"""NR_VCPUS is the number of physical CPUs: one."""
 
 
 def _known(requests: Mapping[int, Handler], request: int, what: str) -> Handler:

@@ -12,7 +12,7 @@ from pkvm.arm64 import psci, smccc
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.psci import Function
 from pkvm.arm64.registers import SCTLR_EE, mpidr_of_vcpu_id
-from pkvm.host import guest_services
+from pkvm.host import guest_services, stolen_time
 from pkvm.host.vcpu import SCTLR_OFFSET, Vcpu
 from pkvm.hyp.abi import HostVcpu, RunResult
 from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent
@@ -152,8 +152,21 @@ def _constant(vcpu: Vcpu, function: int, x1: int) -> tuple[int, ...]:
         return (SMCCC_VERSION_1_1,)
     if function == smccc.Function.KVM_FEATURES:
         return (policy.features,)
-    results = guest_services.answer(vm.host, function, x1) if policy.services else None
-    return results or (smccc.NOT_SUPPORTED,)
+    if policy.services:
+        return _service(vcpu, function, x1)
+    return (smccc.NOT_SUPPORTED,)
+
+
+def _service(vcpu: Vcpu, function: int, x1: int) -> tuple[int, ...]:
+    """What KVM has for its guests beside PSCI. SMCCC_ARCH_FEATURES knows of stolen time alone: this
+    CPU needs no workaround."""
+    if function == smccc.Function.SMCCC_ARCH_FEATURES:
+        known = x1 & _MASK32 == smccc.Function.PV_TIME_FEATURES
+        return (smccc.SUCCESS if known else smccc.NOT_SUPPORTED,)
+    stolen = stolen_time.call(vcpu, function, x1 & _MASK32)
+    if stolen is not None:
+        return (stolen,)
+    return guest_services.answer(vcpu.vm.host, function, x1) or (smccc.NOT_SUPPORTED,)
 
 
 def _psci_features(version: int, function: int) -> int:

@@ -21,7 +21,7 @@ class Policy:
     features: int
     """KVM_FEATURES of a non-protected guest."""
     services: bool
-    """Whether there are TRNG and PTP."""
+    """Whether there are TRNG, PTP and stolen time."""
 
 
 _PSCI = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 
-from pkvm.host import exits, firmware_address
+from pkvm.host import exits, firmware_address, stolen_time
 from pkvm.host.scheduler import KickedError
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
@@ -110,6 +110,8 @@ def _load(vcpu: Vcpu) -> None:
         vm.init_vcpu_at_el2(vcpu)
     _check_role(vcpu)
     vm.host.load(vcpu)
+    if vcpu.has_stolen_time:
+        stolen_time.record(vcpu)
     if vcpu.gic is not None:
         vm.host.timers.interrupted(vcpu.gic)
 

@@ -79,7 +79,10 @@ class KickedError(Exception):
 class Runner:
     """A vCPU as the scheduler knows it."""
 
-    __slots__ = ("asleep", "awaited_until", "bell", "carrier", "in_run", "kicked", "thread")
+    __slots__ = (
+        "asleep", "awaited_until", "bell", "carrier", "in_run", "kicked", "queued_at", "thread",
+        "waited_ns",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.bell: threading.Condition | None = None
@@ -95,6 +98,10 @@ class Runner:
         """The same, with the virtual clock: there it matters whether it lives."""
         self.awaited_until = 0.0
         """Until when an absent vCPU without a thread is awaited (time.monotonic)."""
+        self.queued_at = 0
+        """Since when it waits for its turn, while it does: nanoseconds of the clock."""
+        self.waited_ns = 0
+        """How long it has waited for its turn, in all: Linux's run_delay."""
 
 
 class Scheduler:
@@ -244,7 +251,7 @@ class Scheduler:
                 self._start_turn(runner)
                 return
             if runner is not self.turn and runner not in self._queue:
-                self._queue.append(runner)
+                self._enqueue(runner)
         self.lock.leave()
         try:
             with self._mutex:
@@ -292,7 +299,7 @@ class Scheduler:
             runner.asleep = False
             known = self.turn is runner or runner in self._queue
             if not known and (runner.in_run or self._virtual):
-                self._queue.append(runner)
+                self._enqueue(runner)
                 if self.turn is None:
                     self._pass_turn()
             _ring(runner)
@@ -311,7 +318,7 @@ class Scheduler:
         if self.turn is runner and self._now() >= self._slice_end:
             with self._mutex:
                 if self._queue:
-                    self._queue.append(runner)
+                    self._enqueue(runner)
                     self._pass_turn()
                 else:
                     self._start_turn(runner)
@@ -334,7 +341,8 @@ class Scheduler:
             self.turn.carrier = 0
             self.turn = None
         if self._queue:
-            following = self._queue.popleft()
+            following = self._queue[0]
+            self._drop(following)
             self._start_turn(following)
             _ring(following)
         elif self._virtual and self.idle is not None:
@@ -360,9 +368,16 @@ class Scheduler:
             runner.bell = threading.Condition(self._mutex) if own else self._common_bell
         runner.bell.wait(timeout)
 
+    def _enqueue(self, runner: Runner) -> None:
+        """`runner` waits for its turn from now on."""
+        self._queue.append(runner)
+        runner.queued_at = self._clock.now_ns()
+
     def _drop(self, runner: Runner) -> None:
+        """It waits no longer."""
         if runner in self._queue:
             self._queue.remove(runner)
+            runner.waited_ns += self._clock.now_ns() - runner.queued_at
 
     def _await_turn(self, runner: Runner) -> None:
         while self.turn is not runner:

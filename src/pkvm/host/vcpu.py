@@ -31,7 +31,8 @@ _DIRTY_X = int(VcpuFlag.DIRTY_X)
 _POWER_OFF = 1 << VcpuFeature.POWER_OFF
 _SUPPORTED = _POWER_OFF | 1 << VcpuFeature.PSCI_0_2
 _KNOWN = (1 << len(VcpuFeature)) - 1
-
+NO_IPA = (1 << 64) - 1
+"""No address (Linux's INVALID_GPA)."""
 
 PendingMmio = tuple[int, bool, bool, int]
 """An MMIO exit that the VMM has not answered yet: bytes, whether a store, whether the guest is
@@ -75,6 +76,15 @@ class Vcpu:
         self.gic: GicCpu | None = None
         """The vCPU's share of the VM's interrupt controller, if that has one."""
         self.mmio: PendingMmio | None = None
+        self.stolen_ipa = NO_IPA
+        """Where the guest is told how long the vCPU waited for the CPU (`stolen_time`)."""
+        self.stolen_seen_ns = 0
+        """What of `runner.waited_ns` it has been told."""
+
+    @property
+    def has_stolen_time(self) -> bool:
+        """Whether the VMM named a place for it."""
+        return self.stolen_ipa != NO_IPA
 
     def init(self, argument: bytes) -> None:
         """KVM_ARM_VCPU_INIT (KVM API 4.82) with a struct kvm_vcpu_init.

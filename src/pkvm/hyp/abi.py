@@ -230,7 +230,7 @@ class HostVcpu:
 VM_AREA_BYTES = 0x1000
 VCPU_AREA_BYTES = 0x4000
 """EL2's own vCPU: the saved CPU context and what EL2 keeps beside it."""
-MAX_VCPUS = 64
+MAX_VCPUS = 512
 MAX_VMS = 255
 HANDLE_BASE = 0x1000
 SGLIST_ENTRY_BYTES = 24

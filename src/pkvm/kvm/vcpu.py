@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from pkvm.kvm.device import Attributes
 from pkvm.kvm.exits import INTR, Exit, FailEntry, Mmio, decode
 from pkvm.kvm.registers import register_bytes, register_id
 from pkvm.kvm.scratch import Scratch
@@ -27,7 +28,7 @@ _MASKS = tuple((1 << 8 * size) - 1 for size in range(9))
 """By the bytes of an access."""
 
 
-class Vcpu:
+class Vcpu(Attributes):
     """One vCPU. As on a real kernel, one thread runs it; `kick` comes from any other.
 
     Made by `Vm.create_vcpu`. Every method raises OSError with the kernel's errno.

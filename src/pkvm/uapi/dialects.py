@@ -167,6 +167,13 @@ class Filter(Enum):
     UPSTREAM = "a list; any other: 0"
 
 
+class StolenTime(Enum):
+    """Whether a protected guest learns how long its vCPUs waited for the CPU (PV_TIME)."""
+
+    NONE = "no: NOT_SUPPORTED from EL2"
+    SHARED = "as the VMM arranges it, in a page that the guest has shared"
+
+
 class Ranges(Enum):
     """How much one MEM_SHARE or MEM_UNSHARE shares."""
 
@@ -184,30 +191,22 @@ class Untouched(Enum):
 
 ALWAYS_ASKED = frozenset(
     {
-        Cap.USER_MEMORY,
-        Cap.NR_MEMSLOTS,
-        Cap.SYNC_MMU,
-        Cap.DESTROY_MEMORY_REGION_WORKS,
-        Cap.IRQFD,
-        Cap.DEVICE_CTRL,
-        Cap.ENABLE_CAP_VM,
-        Cap.CHECK_EXTENSION_VM,
+        Cap.USER_MEMORY, Cap.NR_MEMSLOTS, Cap.COALESCED_MMIO, Cap.SYNC_MMU,
+        Cap.DESTROY_MEMORY_REGION_WORKS, Cap.IRQ_ROUTING, Cap.JOIN_MEMORY_REGIONS_WORKS,
+        Cap.IRQFD, Cap.INTERNAL_ERROR_DATA, Cap.SIGNAL_MSI, Cap.DEVICE_CTRL, Cap.ENABLE_CAP_VM,
+        Cap.CHECK_EXTENSION_VM, Cap.MULTI_ADDRESS_SPACE, Cap.IOEVENTFD_ANY_LENGTH,
+        Cap.COALESCED_PIO, Cap.MANUAL_DIRTY_LOG_PROTECT2, Cap.HALT_POLL, Cap.DIRTY_LOG_RING,
+        Cap.BINARY_STATS_FD, Cap.SYSTEM_EVENT_DATA, Cap.DIRTY_LOG_RING_ACQ_REL,
+        Cap.DIRTY_LOG_RING_WITH_BITMAP, Cap.USER_MEMORY2, Cap.GUEST_MEMFD, Cap.GUEST_MEMFD_FLAGS,
     }
-)
+)  # fmt: skip
 """Capabilities of KVM itself: no filter of the architecture's is asked about them."""
 _PKVM_CAPS = frozenset(
     {
-        Cap.IRQCHIP,
-        Cap.ARM_PSCI,
-        Cap.ARM_PSCI_0_2,
-        Cap.NR_VCPUS,
-        Cap.MAX_VCPUS,
-        Cap.MAX_VCPU_ID,
-        Cap.ARM_VM_IPA_SIZE,
-        Cap.ARM_PTRAUTH_ADDRESS,
-        Cap.ARM_PTRAUTH_GENERIC,
+        Cap.IRQCHIP, Cap.ARM_PSCI, Cap.ARM_PSCI_0_2, Cap.NR_VCPUS, Cap.MAX_VCPUS, Cap.MAX_VCPU_ID,
+        Cap.MSI_DEVID, Cap.ARM_VM_IPA_SIZE, Cap.ARM_PTRAUTH_ADDRESS, Cap.ARM_PTRAUTH_GENERIC,
     }
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +227,9 @@ class Dialect:
     calls: Calls
     unknown_call: Unknown
     smc: Smc
+    time_of_day: bool
+    """Whether a protected guest can ask for the time of day (KVM_PTP)."""
+    stolen_time: StolenTime
     registers: Registers
     set_one_reg: Setting
     vcpu_init_again: InitAgain
@@ -275,6 +277,8 @@ RFC = Dialect(
     calls=Calls.EL2,
     unknown_call=Unknown.NOT_SUPPORTED,
     smc=Smc.NOT_SUPPORTED,
+    time_of_day=False,
+    stolen_time=StolenTime.NONE,
     registers=Registers.HIDDEN,
     set_one_reg=Setting.FIRMWARE_ARGUMENTS,
     vcpu_init_again=InitAgain.IGNORED,
@@ -306,6 +310,8 @@ ANDROID = Dialect(
     calls=Calls.EL2,
     unknown_call=Unknown.NOT_SUPPORTED,
     smc=Smc.NOT_SUPPORTED,
+    time_of_day=False,
+    stolen_time=StolenTime.NONE,
     registers=Registers.HIDDEN,
     set_one_reg=Setting.FIRST_RUN,
     vcpu_init_again=InitAgain.IGNORED,
@@ -320,7 +326,7 @@ ANDROID = Dialect(
     ranges=Ranges.MANY,
     untouched_share=Untouched.REQUEST,
     filter=Filter.ANDROID,
-    caps=_PKVM_CAPS,
+    caps=_PKVM_CAPS | {Cap.ARM_PMU_V3, Cap.ARM_SVE},
     taints=False,
 )
 
@@ -337,6 +343,8 @@ UPSTREAM = Dialect(
     calls=Calls.HOST,
     unknown_call=Unknown.TO_HOST,
     smc=Smc.AS_HVC,
+    time_of_day=True,
+    stolen_time=StolenTime.SHARED,
     registers=Registers.VISIBLE,
     set_one_reg=Setting.ALWAYS,
     vcpu_init_again=InitAgain.RESETS,
@@ -393,6 +401,8 @@ ROWS = (
     Row("calls", "PSCI, SMCCC and TRNG of a protected guest"),
     Row("unknown_call", "A hypercall that nobody knows"),
     Row("smc", "SMC of a protected guest"),
+    Row("time_of_day", "A protected guest asks for the time of day (PTP)"),
+    Row("stolen_time", "Stolen time of a protected guest (PV_TIME)"),
     Row("registers", "Registers of a protected vCPU"),
     Row("set_one_reg", "KVM_SET_ONE_REG of a protected vCPU"),
     Row("vcpu_init_again", "KVM_ARM_VCPU_INIT again, after a run"),

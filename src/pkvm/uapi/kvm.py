@@ -27,6 +27,7 @@ class Ioctl(IntEnum):
     GET_VCPU_MMAP_SIZE = _ioc(0, 0x04, 0)
     CREATE_VCPU = _ioc(0, 0x41, 0)
     SET_USER_MEMORY_REGION = _ioc(1, 0x46, 32)
+    SET_USER_MEMORY_REGION2 = _ioc(1, 0x49, 160)
     CREATE_IRQCHIP = _ioc(0, 0x60, 0)
     IRQ_LINE = _ioc(1, 0x61, 8)
     IRQFD = _ioc(1, 0x76, 32)
@@ -35,6 +36,8 @@ class Ioctl(IntEnum):
     SET_MP_STATE = _ioc(1, 0x99, 4)
     ENABLE_CAP = _ioc(1, 0xA3, 104)
     GET_ONE_REG = _ioc(1, 0xAB, 16)
+    ARM_SET_DEVICE_ADDR = GET_ONE_REG
+    """The same number: this is a VM's, GET_ONE_REG a vCPU's."""
     SET_ONE_REG = _ioc(1, 0xAC, 16)
     ARM_VCPU_INIT = _ioc(1, 0xAE, 32)
     ARM_PREFERRED_TARGET = _ioc(2, 0xAF, 32)
@@ -53,27 +56,79 @@ class Cap(IntEnum):
     NR_VCPUS = 9
     NR_MEMSLOTS = 10
     MP_STATE = 14
+    COALESCED_MMIO = 15
     SYNC_MMU = 16
     DESTROY_MEMORY_REGION_WORKS = 21
+    SET_GUEST_DEBUG = 23
+    IRQ_ROUTING = 25
+    JOIN_MEMORY_REGIONS_WORKS = 30
     IRQFD = 32
+    IOEVENTFD = 36
+    INTERNAL_ERROR_DATA = 40
+    VCPU_EVENTS = 41
     MAX_VCPUS = 66
     ONE_REG = 70
+    SIGNAL_MSI = 77
     READONLY_MEM = 81
     IRQFD_RESAMPLE = 82
     ARM_PSCI = 87
+    ARM_SET_DEVICE_ADDR = 88
     DEVICE_CTRL = 89
     ARM_EL1_32BIT = 93
     ENABLE_CAP_VM = 98
+    VM_ATTRIBUTES = 101
     ARM_PSCI_0_2 = 102
     CHECK_EXTENSION_VM = 105
+    MULTI_ADDRESS_SPACE = 118
+    GUEST_DEBUG_HW_BPS = 119
+    GUEST_DEBUG_HW_WPS = 120
+    IOEVENTFD_ANY_LENGTH = 122
+    ARM_PMU_V3 = 126
+    VCPU_ATTRIBUTES = 127
     MAX_VCPU_ID = 128
+    MSI_DEVID = 131
     IMMEDIATE_EXIT = 136
+    ARM_USER_IRQ = 144
+    ARM_INJECT_SERROR_ESR = 158
+    COALESCED_PIO = 162
     ARM_VM_IPA_SIZE = 165
+    MANUAL_DIRTY_LOG_PROTECT2 = 168
+    ARM_SVE = 170
     ARM_PTRAUTH_ADDRESS = 171
     ARM_PTRAUTH_GENERIC = 172
     ARM_IRQ_LINE_LAYOUT_2 = 174
+    ARM_NISV_TO_USER = 177
+    ARM_INJECT_EXT_DABT = 178
+    HALT_POLL = 182
+    STEAL_TIME = 187
+    DIRTY_LOG_RING = 192
+    SET_GUEST_DEBUG2 = 195
+    PTP_KVM = 198
     ARM_PROTECTED_VM = 199
     """The RFC's number (facts §1.2)."""
+    BINARY_STATS_FD = 203
+    ARM_MTE = 205
+    SYSTEM_EVENT_DATA = 215
+    ARM_SYSTEM_SUSPEND = 216
+    DIRTY_LOG_RING_ACQ_REL = 223
+    DIRTY_LOG_RING_WITH_BITMAP = 225
+    COUNTER_OFFSET = 227
+    ARM_EAGER_SPLIT_CHUNK_SIZE = 228
+    ARM_SUPPORTED_BLOCK_SIZES = 229
+    ARM_SUPPORTED_REG_MASK_RANGES = 230
+    USER_MEMORY2 = 231
+    MEMORY_FAULT_INFO = 232
+    MEMORY_ATTRIBUTES = 233
+    GUEST_MEMFD = 234
+    VM_TYPES = 235
+    PRE_FAULT_MEMORY = 236
+    ARM_WRITABLE_IMP_ID_REGS = 239
+    ARM_EL2 = 240
+    ARM_EL2_E2H0 = 241
+    ARM_CACHEABLE_PFNMAP_SUPPORTED = 243
+    GUEST_MEMFD_FLAGS = 244
+    ARM_SEA_TO_USER = 245
+    ARM_PMU_V3_STRICT = 251
 
 
 class ProtectedVm(IntEnum):
@@ -143,6 +198,8 @@ TYPE_PROTECTED = 1 << 31
 
 MEMORY_REGION = struct.Struct("<IIQQQ")
 """kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr."""
+MEMORY_REGION2_BYTES = 160
+"""kvm_userspace_memory_region2: the same, then what is for guest_memfd alone."""
 ENABLE_CAP = struct.Struct("<II4Q64x")
 """kvm_enable_cap: cap, flags, args[4], pad."""
 ONE_REG = struct.Struct("<QQ")
@@ -239,6 +296,10 @@ CREATE_DEVICE = struct.Struct("<III")
 """kvm_create_device: type, fd (the answer), flags."""
 DEVICE_ATTR = struct.Struct("<IIQQ")
 """kvm_device_attr: flags, group, attr, addr (of the value)."""
+PVTIME_CTRL = 2
+"""kvm_device_attr.group of a vCPU: stolen time (Documentation/virt/kvm/devices/vcpu.rst)."""
+PVTIME_IPA = 0
+"""Its one attribute; the value is the 64-bit IPA of the structure (`arm64.pvtime`)."""
 IRQ_LEVEL = struct.Struct("<II")
 """kvm_irq_level: irq (`irq_number`), level."""
 IRQFD = struct.Struct("<IIII16x")
