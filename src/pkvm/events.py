@@ -126,6 +126,34 @@ class VmLife(NamedTuple):
     vcpu: int = -1
 
 
+class HostSmc(NamedTuple):
+    """A host CPU made an SMC that EL2 trapped (facts §9.4); `result` is X0, unsigned, 64 bits."""
+
+    cpu: int
+    """Index of the host CPU."""
+    function: int
+    """X0 as the host gave it, unsigned, 64 bits."""
+    result: int
+    forwarded: bool
+    """Whether EL3 got to see the call, as it was or changed by EL2."""
+
+
+class CpuPower(NamedTuple):
+    """A host CPU's power changed: "on", "off", "suspend" or "resume"."""
+
+    cpu: int
+    what: str
+
+
+class SecureMemory(NamedTuple):
+    """The secure world took memory or gave it back: "share", "lend", "donate" or "reclaim"."""
+
+    what: str
+    handle: int
+    """The secure world's name for the memory."""
+    npages: int
+
+
 class Ioctl(NamedTuple):
     """A system call of the VMM at the Kernel seam ended: `result` is its value, or minus errno."""
 
@@ -152,6 +180,9 @@ Event = (
     | DmaFault
     | Tlbi
     | VmLife
+    | HostSmc
+    | CpuPower
+    | SecureMemory
     | Ioctl
     | Message
 )
@@ -168,6 +199,9 @@ KINDS: dict[type[Event], str] = {
     DmaFault: "dma_fault",
     Tlbi: "tlbi",
     VmLife: "life",
+    HostSmc: "host_smc",
+    CpuPower: "cpu_power",
+    SecureMemory: "secure_memory",
     Ioctl: "ioctl",
     Message: "message",
 }

@@ -63,3 +63,8 @@ class Affinity(IntEnum):
     ON = 0
     OFF = 1
     ON_PENDING = 2
+
+
+def is_psci(function: int) -> bool:
+    """Whether a 32-bit function id lies in PSCI's part of the standard service range."""
+    return function & 0xBFFF_FFE0 == 0x8400_0000

@@ -119,6 +119,9 @@ class Bus:
         self.on_write: Callable[[int, int], None] | None = None
         """Told (pa, bytes) after each write to RAM, before the write counts as complete: the
         CPU engine must forget code translated from there. Must not use this bus."""
+        self.peers: tuple[Bus, ...] = ()
+        """Other CPUs' buses: TLBI reaches all CPUs (inner shareable), so an invalidation here is
+        one there."""
         self._memory = memory
         self._context: Stage2Context | None = None
         self._lock = threading.Lock()
@@ -148,7 +151,10 @@ class Bus:
 
     def invalidate(self, ipa: int | None = None) -> None:
         """TLBI and DSB: forget the translation of `ipa`, the whole block if it was one; None:
-        all. When it returns no access with a forgotten translation is under way."""
+        all, here and at the peers. When it returns no access with a forgotten translation is
+        under way."""
+        for peer in self.peers:
+            peer.invalidate(ipa)
         self._take()  # spelt out: EL2 does this at every change of ownership
         try:
             if ipa is None:

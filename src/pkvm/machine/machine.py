@@ -10,7 +10,7 @@ one. What they write to RAM, the CPU engine forgets its translations of.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pkvm.arm64.stage2 import PARANGE_BITS
 from pkvm.events import Recorder
@@ -19,7 +19,12 @@ from pkvm.machine.bus import Bus
 from pkvm.machine.clock import NS_PER_TICK, RealClock, VirtualClock, counter_ticks
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.dma import CopyEngine
+from pkvm.machine.host_cpus import HostCpu, HostCpus
 from pkvm.machine.memory import PhysicalMemory
+
+if TYPE_CHECKING:
+    from pkvm.arm64.ffa import Registers
+    from pkvm.machine.firmware import Firmware
 
 RAM_BASE = 0x8000_0000
 DMA_BASE = 0x1000_0000
@@ -68,6 +73,9 @@ class Machine:
             make_engine = _unicorn()
         self.memory = PhysicalMemory(RAM_BASE, ram_bytes)
         self.host_bus = Bus(self.memory, "host")
+        self.host_cpus = HostCpus(self.memory, self.host_bus, recorder)
+        self._firmware: Firmware | None = None
+        self._recorder = recorder
         self.dma_bus = Bus(self.memory, "dma-copy")
         self.dma = CopyEngine(self.dma_bus, recorder, base=DMA_BASE, max_bytes=1 << IPA_BITS)
         self.memory.add_window(self.dma.window)
@@ -82,7 +90,8 @@ class Machine:
             count_blocks=virtual_clock,
             counter=self._counter if virtual_clock else None,
         )
-        self.host_bus.on_write = self._engine.invalidate_code
+        for cpu in self.host_cpus.cpus:
+            cpu.bus.on_write = self._engine.invalidate_code
         self.dma_bus.on_write = self._engine.invalidate_code
         self.alarms = Alarms(self.clock, self._engine)
         self.on_interrupt: Callable[[], bool | None] | None = None
@@ -100,6 +109,28 @@ class Machine:
             raise RuntimeError("the machine is closed")
         return self._engine
 
+    @property
+    def firmware(self) -> Firmware:
+        """EL3, and the secure world behind it."""
+        if self._firmware is None:
+            # Imported here: most runs never call the firmware.
+            from pkvm.machine.firmware import Firmware
+            from pkvm.machine.secure import SecureWorld
+
+            secure = SecureWorld(self.memory, self._recorder, self._invalidate_code)
+            self._firmware = Firmware(self.host_cpus, secure)
+        return self._firmware
+
+    def smc(self, registers: Registers, immediate: int = 0, cpu: int = 0) -> Registers:
+        """The SMC instruction at EL1 of host CPU number `cpu`: X0-X17 before and after; none after
+        if it does not return. Raises ValueError for a CPU without power."""
+        host_cpu = self.host_cpus.cpus[cpu]
+        return self.host_cpus.smc(host_cpu, registers, immediate, self.el3)
+
+    def el3(self, cpu: HostCpu, registers: Registers) -> Registers:
+        """EL3's vector for an SMC from EL2, or from an EL1 that EL2 does not trap."""
+        return self.firmware.call(cpu, registers)
+
     def new_timer(self) -> Alarm:
         """An alarm that is a timer of the CPU's: it is announced to `on_interrupt`."""
         return self.alarms.new(self._timer_interrupt)
@@ -108,7 +139,8 @@ class Machine:
         """Free the CPU engine. RAM goes when nobody refers to it. Idempotent."""
         if self._engine is None:
             return
-        self.host_bus.on_write = None
+        for cpu in self.host_cpus.cpus:
+            cpu.bus.on_write = None
         self.dma_bus.on_write = None
         self.alarms.close()
         self._last_blocks = self._engine.blocks
@@ -119,6 +151,10 @@ class Machine:
         """Blocks executed: none while the engine is still being made (its start-up check may read
         the counter, which comes here), and no more once it is gone."""
         return self._last_blocks if self._engine is None else self._engine.blocks
+
+    def _invalidate_code(self, pa: int, nbytes: int) -> None:
+        if self._engine is not None:
+            self._engine.invalidate_code(pa, nbytes)
 
     def _timer_interrupt(self) -> bool:
         return self.on_interrupt is not None and bool(self.on_interrupt())

@@ -18,6 +18,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from pkvm.events import (
     KINDS,
+    CpuPower,
     DmaFault,
     Event,
     GuestExit,
@@ -25,9 +26,11 @@ from pkvm.events import (
     GuestTrap,
     HostAbort,
     HostHypercall,
+    HostSmc,
     Ioctl,
     Message,
     Refusal,
+    SecureMemory,
     Tlbi,
     Transition,
     VmLife,
@@ -51,6 +54,9 @@ COUNTED_BY: dict[type[Event], str] = {
     DmaFault: "device",
     Tlbi: "vmid",
     VmLife: "what",
+    HostSmc: "function",
+    CpuPower: "what",
+    SecureMemory: "what",
     Ioctl: "request",
     Message: "source",
 }
