@@ -107,6 +107,17 @@ class DmaFault(NamedTuple):
     access: str
 
 
+class SmmuEvent(NamedTuple):
+    """The SMMU aborted a transaction and reported it to its software."""
+
+    stream: int
+    """StreamID of the device."""
+    kind: str
+    """The event's name in the SMMU's architecture: "F_TRANSLATION", "C_BAD_STE", ..."""
+    ipa: int
+    access: str
+
+
 class Tlbi(NamedTuple):
     """EL2 invalidated TLB entries by VMID (0 is the host)."""
 
@@ -178,6 +189,7 @@ Event = (
     | HostHypercall
     | HostAbort
     | DmaFault
+    | SmmuEvent
     | Tlbi
     | VmLife
     | HostSmc
@@ -197,6 +209,7 @@ KINDS: dict[type[Event], str] = {
     HostHypercall: "host_hypercall",
     HostAbort: "host_abort",
     DmaFault: "dma_fault",
+    SmmuEvent: "smmu_event",
     Tlbi: "tlbi",
     VmLife: "life",
     HostSmc: "host_smc",

@@ -22,10 +22,11 @@ from fakes.stage2_trees import (
     Tree,
     rubbish_word,
 )
-from pkvm.machine import bus as bus_module
-from pkvm.machine.bus import FAULT_RETRIES, Bus, TlbEntry
+from pkvm.machine import tlb as tlb_module
+from pkvm.machine.bus import FAULT_RETRIES, Bus
 from pkvm.machine.memory import BusError, DeviceWindow, PhysicalMemory
 from pkvm.machine.stage2 import Access, Stage2Fault, walk
+from pkvm.machine.tlb import TlbEntry
 
 RAM_BYTES = 8 << 20
 DATA = RAM + (4 << 20)
@@ -247,7 +248,7 @@ class TestTlb:
         assert bus.tlb_entries() == []
 
     def test_it_is_bounded(self, tree: Tree, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(bus_module, "TLB_PAGES", 16)
+        monkeypatch.setattr(tlb_module, "TLB_PAGES", 16)
         for index in range(64):
             tree.page(index * KIB4, DATA + (index * 7 & 63) * KIB4)
         for index in range(64):

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`Bus`: a bus master's way to physical memory, behind a stage-2 of its own.
+"""A bus master's way to physical memory: `Master`, and `Bus`, the host CPU's.
 
-The host CPU's loads and stores and each DMA-capable device have one. It keeps
-a TLB, as they do on silicon: a translation stays usable until `invalidate`,
-whatever has become of the tables, so that a missing invalidation is a visible
-bug. Faults are never kept, so making an invalid entry valid needs none.
+A `Bus` is behind a stage-2 of its own that EL2 attaches; a device's master is
+behind the SMMU (`pkvm.machine.smmu_streams`). Both keep a TLB, as on silicon: a
+translation stays usable until it is invalidated, whatever has become of the
+tables, so that a missing invalidation is a visible bug. Faults are never kept,
+so making an invalid entry valid needs none.
 
-Locking. `_lock` covers each translation and the access made with it, so that
-`invalidate` returns only when no access with the old translation is under way
+Locking. `_lock` covers each translation and the access made with it, so that an
+invalidation returns only when no access with the old translation is under way
 (TLBI, then DSB). It is the innermost lock but for that of whatever `on_write`
-calls: EL2 calls `invalidate` with its own lock held. Therefore `on_fault`,
-which enters EL2, and a device's `work` are called without it.
+calls: EL2 invalidates with its own lock held. Therefore `_refused`, by which a
+`Bus` enters EL2, and a device's `work` are called without it.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from pkvm.arm64.stage2 import (
     BLOCK_1G,
-    BLOCK_2M,
     LAST_LEVEL,
     PAGE_MASK,
     PAGE_SHIFT,
@@ -30,166 +30,45 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.machine.memory import DeviceWindow, PhysicalMemory
 from pkvm.machine.stage2 import Access, Stage2Context, Stage2Fault, like_pages, permits, walk
+from pkvm.machine.tlb import Tlb, TlbEntry, TlbPair
 
 FAULT_RETRIES = 4
 """How often one access asks `on_fault` about one page before it gives up."""
-TLB_PAGES = 1 << 16
-"""Page translations that a TLB holds at most; when full it forgets them all, as a TLB may."""
 
 
-class TlbEntry(NamedTuple):
-    """A cached translation of [ipa, ipa+size) to [pa, pa+size), bytes, for one access."""
-
-    ipa: int
-    size: int
-    pa: int
-    access: Access
-
-
-class _Tlb:
-    """Translations for one access: by page, 2 MiB and 1 GiB number, what to add to an IPA."""
-
-    __slots__ = ("access", "blocks_1g", "blocks_2m", "pages")
-
-    def __init__(self, access: Access) -> None:
-        self.access = access
-        self.pages: dict[int, int] = {}
-        self.blocks_2m: dict[int, int] = {}
-        self.blocks_1g: dict[int, int] = {}
-
-    def find(self, ipa: int) -> int | None:
-        """PA minus IPA of a cached translation, or None."""
-        delta = self.pages.get(ipa >> 12)
-        if delta is None:
-            delta = self.blocks_2m.get(ipa >> 21)
-            if delta is None:
-                delta = self.blocks_1g.get(ipa >> 30)
-        return delta
-
-    def size_of(self, ipa: int) -> int:
-        """Bytes that the translation `find` uses for `ipa` covers."""
-        if ipa >> 12 in self.pages:
-            return PAGE_SIZE
-        return BLOCK_2M if ipa >> 21 in self.blocks_2m else BLOCK_1G
-
-    def fill_pages(self, ipa: int, count: int, delta: int) -> None:
-        """Keep `count` pages from `ipa` on; they all have the same distance to their PA."""
-        if len(self.pages) + count > TLB_PAGES:
-            self.pages.clear()
-        first = ipa >> 12
-        if count == 1:
-            self.pages[first] = delta
-        else:
-            self.pages.update(dict.fromkeys(range(first, first + count), delta))
-
-    def fill_block(self, ipa: int, size: int, delta: int) -> None:
-        """Keep a block of 2 MiB or 1 GiB."""
-        if size == BLOCK_2M:
-            self.blocks_2m[ipa >> 21] = delta
-        else:
-            self.blocks_1g[ipa >> 30] = delta
-
-    def forget_all(self) -> None:
-        self.pages.clear()
-        self.blocks_2m.clear()
-        self.blocks_1g.clear()
-
-    def tables(self) -> tuple[tuple[int, dict[int, int]], ...]:
-        """By size: what is cached."""
-        return (PAGE_SIZE, self.pages), (BLOCK_2M, self.blocks_2m), (BLOCK_1G, self.blocks_1g)
-
-    def entries(self) -> Iterator[TlbEntry]:
-        for size, table in self.tables():
-            for number, delta in table.items():
-                yield TlbEntry(number * size, size, number * size + delta, self.access)
-
-
-class Bus:
-    """One bus master behind a stage-2 context. Safe for threads.
+class Master:
+    """One bus master. Safe for threads.
 
     Addresses are IPAs of the master, in bytes. An access that crosses pages is split: when it is
     refused, pages before the refused one have been read or written.
     """
 
-    def __init__(self, memory: PhysicalMemory, name: str) -> None:
+    def __init__(
+        self, memory: PhysicalMemory, name: str, lock: AbstractContextManager[object]
+    ) -> None:
         self.name = name
-        self.on_fault: Callable[[int, Access, int], bool] | None = None
-        """EL2's abort handler: (ipa, access, fault status code) -> whether to try again. May
-        invalidate this bus; must not access memory through it."""
         self.on_write: Callable[[int, int], None] | None = None
         """Told (pa, bytes) after each write to RAM, before the write counts as complete: the
         CPU engine must forget code translated from there. Must not use this bus."""
-        self.peers: tuple[Bus, ...] = ()
-        """Other CPUs' buses: TLBI reaches all CPUs (inner shareable), so an invalidation here is
-        one there."""
         self._memory = memory
         self._context: Stage2Context | None = None
-        self._lock = threading.Lock()
-        self._take, self._drop = self._lock.acquire, self._lock.release
-        self._loads = _Tlb(Access.READ)
-        self._stores = _Tlb(Access.WRITE)
-        self._has_blocks = False
-        """Whether the TLB may hold blocks."""
-        self._load_pages, self._store_pages = self._loads.pages, self._stores.pages
-        self._blocks = tuple(
-            (shift, table)
-            for tlb in (self._loads, self._stores)
-            for shift, table in ((21, tlb.blocks_2m), (30, tlb.blocks_1g))
-        )
+        self._lock = lock
+        self._use(TlbPair())
 
     @property
     def context(self) -> Stage2Context | None:
         """The stage-2 in force; None is bypass, IPA = PA."""
         return self._context
 
-    def attach(self, ctx: Stage2Context | None) -> None:
-        """Put the master behind a stage-2, or behind none; forgets every cached translation."""
-        with self._lock:
-            self._context = ctx
-            self._loads.forget_all()
-            self._stores.forget_all()
-
-    def invalidate(self, ipa: int | None = None) -> None:
-        """TLBI and DSB: forget the translation of `ipa`, the whole block if it was one; None:
-        all, here and at the peers. When it returns no access with a forgotten translation is
-        under way."""
-        for peer in self.peers:
-            peer.invalidate(ipa)
-        self._take()  # spelt out: EL2 does this at every change of ownership
-        try:
-            if ipa is None:
-                self._loads.forget_all()
-                self._stores.forget_all()
-                self._has_blocks = False
-                return
-            page = ipa >> 12
-            self._load_pages.pop(page, None)
-            self._store_pages.pop(page, None)
-            if self._has_blocks:
-                for shift, blocks in self._blocks:
-                    blocks.pop(ipa >> shift, None)
-        finally:
-            self._drop()
-
     def tlb_entries(self) -> list[TlbEntry]:
         """What the TLB holds now, for those who check it against the tables."""
         with self._lock:
-            return [*self._loads.entries(), *self._stores.entries()]
-
-    def tlb_columns(self) -> list[tuple[Access, int, list[int], list[int]]]:
-        """The same for those who look often: of each access and size the numbers of what is cached,
-        IPA // size, and PA minus IPA of each."""
-        with self._lock:
-            return [
-                (tlb.access, size, list(table), list(table.values()))
-                for tlb in (self._loads, self._stores)
-                for size, table in tlb.tables()
-            ]
+            return self._tlb.entries()
 
     def holds(self, ipa: int) -> bool:
         """Whether the TLB has a translation of `ipa`, for any access."""
         with self._lock:
-            return self._loads.find(ipa) is not None or self._stores.find(ipa) is not None
+            return self._tlb.holds(ipa)
 
     def read(self, ipa: int, length: int) -> bytes:
         """Load `length` bytes. Raises Stage2Fault where refused, BusError where nothing answers,
@@ -254,6 +133,16 @@ class Bus:
             raise ValueError(f"{value:#x} is not an unsigned 64-bit word")
         self.write(ipa, value.to_bytes(8, "little"))
 
+    def _use(self, tlb: TlbPair) -> None:
+        """Look translations up here from now on. Called with the lock held."""
+        self._tlb = tlb
+        self._loads, self._stores = tlb.loads, tlb.stores
+
+    def _refused(self, fault: Stage2Fault, retries: int) -> None:
+        """An access was refused. Returns if it may be tried again, which `retries` bounds; else
+        raises the fault. Called without the lock."""
+        raise fault
+
     def _load(self, ipa: int, length: int) -> bytes:
         """Load from `ipa` at least one byte and at most `length`: what one translation gives."""
         memory = self._memory
@@ -261,13 +150,13 @@ class Bus:
         while True:
             try:
                 with self._lock:
-                    pa, length = self._locate(ipa, length, self._loads)
+                    pa, length = self._locate(ipa, length, Access.READ)
                     if memory.is_ram(pa):
                         return memory.read(pa, length)
                     window = memory.window_at(pa, length)
                     value = window.read(pa - window.base, length)
             except Stage2Fault as fault:
-                self._ask(fault, retries)
+                self._refused(fault, retries)
                 retries -= 1
                 continue
             _let_work(window)
@@ -280,7 +169,7 @@ class Bus:
         while True:
             try:
                 with self._lock:
-                    pa, length = self._locate(ipa, len(data), self._stores)
+                    pa, length = self._locate(ipa, len(data), Access.WRITE)
                     piece = data if length == len(data) else data[:length]
                     if memory.is_ram(pa):
                         memory.write(pa, piece)
@@ -290,25 +179,19 @@ class Bus:
                     window = memory.window_at(pa, length)
                     window.write(pa - window.base, length, int.from_bytes(piece, "little"))
             except Stage2Fault as fault:
-                self._ask(fault, retries)
+                self._refused(fault, retries)
                 retries -= 1
                 continue
             _let_work(window)
             return length
 
-    def _ask(self, fault: Stage2Fault, retries: int) -> None:
-        """Let EL2 handle a fault, without the lock; raise it if EL2 does not or cannot."""
-        if self.on_fault is None or retries == 0:
-            raise fault
-        if not self.on_fault(fault.ipa, fault.access, fault.fsc):
-            raise fault
-
-    def _locate(self, ipa: int, length: int, tlb: _Tlb) -> tuple[int, int]:
+    def _locate(self, ipa: int, length: int, access: Access) -> tuple[int, int]:
         """PA of `ipa`, and how many bytes from it, at most `length`, follow each other in RAM as
         they do in the IPA space; outside RAM, to the page's end. Called with the lock held.
 
         Raises Stage2Fault if the first byte's page is refused; a later one only ends the run.
         """
+        tlb = self._loads if access is Access.READ else self._stores
         delta = tlb.find(ipa)
         if delta is None:
             delta = self._fill(ipa, length, tlb)
@@ -333,7 +216,7 @@ class Bus:
             end = (end | tlb.size_of(end) - 1) + 1
         return pa, min(end, stop) - ipa
 
-    def _fill(self, ipa: int, length: int, tlb: _Tlb) -> int:
+    def _fill(self, ipa: int, length: int, tlb: Tlb) -> int:
         """Walk the tables for `ipa`, keep the result for loads and stores, return PA minus IPA.
 
         Of the pages up to `ipa + length`, those that follow in sequence are kept with it.
@@ -343,7 +226,7 @@ class Bus:
             if self._memory.is_ram(ipa):
                 self._loads.fill_block(ipa, BLOCK_1G, 0)
                 self._stores.fill_block(ipa, BLOCK_1G, 0)
-                self._has_blocks = True
+                self._tlb.has_blocks = True
             return 0
         found = walk(self._memory, ctx, ipa, tlb.access)
         delta = found.pa - ipa
@@ -359,7 +242,7 @@ class Bus:
                 one.fill_pages(ipa, count, delta)
             else:
                 one.fill_block(ipa, level_size(found.level), delta)
-                self._has_blocks = True
+                self._tlb.has_blocks = True
         return delta
 
     def _holds_any(self, pages: range) -> bool:
@@ -368,6 +251,59 @@ class Bus:
             self._loads.pages.keys().isdisjoint(pages)
             and self._stores.pages.keys().isdisjoint(pages)
         )
+
+
+class Bus(Master):
+    """A master behind a stage-2 of its own: EL2 attaches and invalidates it directly."""
+
+    def __init__(self, memory: PhysicalMemory, name: str) -> None:
+        lock = threading.Lock()
+        super().__init__(memory, name, lock)
+        self.on_fault: Callable[[int, Access, int], bool] | None = None
+        """EL2's abort handler: (ipa, access, fault status code) -> whether to try again. May
+        invalidate this bus; must not access memory through it."""
+        self.peers: tuple[Bus, ...] = ()
+        """Other CPUs' buses: TLBI reaches all CPUs (inner shareable), so an invalidation here is
+        one there."""
+        self._take, self._drop = lock.acquire, lock.release
+        self._load_pages, self._store_pages = self._loads.pages, self._stores.pages
+
+    def attach(self, ctx: Stage2Context | None) -> None:
+        """Put the master behind a stage-2, or behind none; forgets every cached translation."""
+        with self._lock:
+            self._context = ctx
+            self._tlb.forget_all()
+
+    def invalidate(self, ipa: int | None = None) -> None:
+        """TLBI and DSB: forget the translation of `ipa`, the whole block if it was one; None:
+        all, here and at the peers. When it returns no access with a forgotten translation is
+        under way."""
+        for peer in self.peers:
+            peer.invalidate(ipa)
+        self._take()  # spelt out: EL2 does this at every change of ownership
+        try:
+            if ipa is None:
+                self._tlb.forget_all()
+            elif self._tlb.has_blocks:
+                self._tlb.forget(ipa)
+            else:
+                page = ipa >> PAGE_SHIFT
+                self._load_pages.pop(page, None)
+                self._store_pages.pop(page, None)
+        finally:
+            self._drop()
+
+    def tlb_columns(self) -> list[tuple[Access, int, list[int], list[int]]]:
+        """What the TLB holds, as `TlbPair.columns`."""
+        with self._lock:
+            return self._tlb.columns()
+
+    def _refused(self, fault: Stage2Fault, retries: int) -> None:
+        """Let EL2 handle a fault; raise it if EL2 does not or cannot."""
+        if self.on_fault is None or retries == 0:
+            raise fault
+        if not self.on_fault(fault.ipa, fault.access, fault.fsc):
+            raise fault
 
 
 def _let_work(window: DeviceWindow) -> None:
