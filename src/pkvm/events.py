@@ -112,7 +112,7 @@ class SmmuEvent(NamedTuple):
 
     stream: int
     """StreamID of the device."""
-    kind: str
+    event: str
     """The event's name in the SMMU's architecture: "F_TRANSLATION", "C_BAD_STE", ..."""
     ipa: int
     access: str
