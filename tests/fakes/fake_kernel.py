@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from pkvm.uapi import kvm as uapi
 from pkvm.uapi.errors import ProtectedPageError
+from pkvm.uapi.memory import Backing, Change, Forced, SystemCall
 
 PAGE = 4096
 
@@ -88,8 +89,25 @@ class FakeMemory:
 
     syscall_read = read
     syscall_write = write
-    forced_read = read
-    forced_write = write
+
+    def system_call(self, what: SystemCall, offset: int, length: int) -> int:
+        self.check(offset, length, what.words)
+        return length
+
+    def forced_read(self, offset: int, length: int, way: Forced = Forced.PROC_MEM) -> bytes:
+        return self.read(offset, length)
+
+    def forced_write(self, offset: int, data: bytes, way: Forced = Forced.PROC_MEM) -> None:
+        self.write(offset, data)
+
+    def change(self, what: Change, offset: int = 0, length: int | None = None) -> None:
+        raise error(errno.EINVAL)
+
+    def move(self, offset: int = 0, length: int | None = None) -> FakeMemory:
+        raise error(errno.EINVAL)
+
+    def alias(self) -> FakeMemory:
+        raise error(errno.EINVAL)
 
     def check(self, offset: int, length: int, access: str) -> None:
         if offset < 0 or offset + length > self.length:
@@ -158,7 +176,13 @@ class FakeKernel:
         if self.fds.pop(fd, None) is None:
             raise error(errno.EBADF)
 
-    def mmap(self, length: int) -> FakeMemory:
+    def fork(self) -> None:
+        pass
+
+    def limit_memlock(self, limit: int | None) -> None:
+        pass
+
+    def mmap(self, length: int, backing: Backing = Backing.ANONYMOUS) -> FakeMemory:
         memory = FakeMemory(self, self._next_address, -(-length // PAGE) * PAGE)
         self._next_address += memory.length + PAGE
         self.memories.append(memory)

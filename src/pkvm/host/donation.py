@@ -79,10 +79,10 @@ def _give(
     """Count, pin, donate by `donate`. Raises OSError, and nothing has changed then."""
     host = vm.host
     user = _user(slot, gfn)
-    mapping = host.users.find(user, npages << PAGE_SHIFT)
     host.memlock.charge(npages)
     try:
-        donate(vm, mapping.run.pa + user - mapping.address >> PAGE_SHIFT, gfn, npages)
+        mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
+        donate(vm, mapping.pa + user - mapping.address >> PAGE_SHIFT, gfn, npages)
     except OSError:
         host.memlock.release(npages)
         raise

@@ -160,8 +160,8 @@ def _device_access(vcpu: Vcpu, results: Results) -> Access | None:
                 # It has all memory of its slots from the start: nothing can be done.
                 vcpu.tell(_PENDING_EXCEPTION)
             return None
-        if esr & FSC_MASK & _FSC_KIND != FSC_PERMISSION:
-            faults.share(vm, slot, ipa)
+        if not (slot.readonly and esr & FSC_MASK & _FSC_KIND == FSC_PERMISSION):
+            faults.share(vm, slot, ipa, write=bool(esr & WNR) and esr >> _EC_SHIFT != _IABT)
             return None
     is_access = esr & ISV and not esr & S1PTW and esr >> _EC_SHIFT != _IABT
     if not is_access or ipa >> IPA_BITS:

@@ -20,12 +20,17 @@ _TABLES = 2
 """Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
 
 
-def share(vm: Vm, slot: Slot, ipa: int) -> None:
+def share(vm: Vm, slot: Slot, ipa: int, *, write: bool = False) -> None:
     """Map the page at `ipa` of `slot`, or the 2 MiB block around it, into the loaded vCPU's VM.
 
-    Raises EFAULT where the slot has no user memory, ENOMEM, or what EL2 answers.
+    Raises EFAULT where the slot has no user memory, or none that the VMM itself may read, or to
+    `write` write to; ENOMEM, or what EL2 answers.
     """
     block = ipa & ~(_BLOCK - 1)
+    user = slot.user + (ipa & ~(PAGE_SIZE - 1)) - slot.ipa
+    mapping = vm.host.users.find(user, PAGE_SIZE)
+    if not (mapping.writable if write else mapping.readable) or mapping.backing.plain_errno:
+        raise OSError(errno.EFAULT, f"the VMM's own page at {user:#x} is not for that")
     if _is_shared(vm, ipa, block):
         return
     if slot.ipa <= block and block + _BLOCK <= slot.end and _share_block(vm, slot, block):
@@ -62,8 +67,8 @@ def _share(vm: Vm, slot: Slot, ipa: int, npages: int) -> int:
     users = vm.host.users
     user = slot.user + ipa - slot.ipa
     mapping = users.find(user, npages << PAGE_SHIFT)
-    pa = mapping.run.pa + user - mapping.address
-    prot = PROT_RWX & ~PROT_W if slot.readonly else PROT_RWX
+    pa = mapping.pa + user - mapping.address
+    prot = PROT_RWX if mapping.writable and not slot.readonly else PROT_RWX & ~PROT_W
     call, args = HostCall.HOST_SHARE_GUEST, (pa >> PAGE_SHIFT, ipa >> PAGE_SHIFT, npages, prot)
     result = vm.host.el2.try_call(call, *args)
     if result == -errno.ENOMEM:

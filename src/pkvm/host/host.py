@@ -16,7 +16,7 @@ from pkvm.host.memlock import Memlock
 from pkvm.host.mm import UserSpace
 from pkvm.host.pages import PageAllocator
 from pkvm.host.policy import POLICIES, Policy
-from pkvm.host.ports import Bus, BusFaults, Clock
+from pkvm.host.ports import PAGE_SHIFT, Bus, BusFaults, Clock
 from pkvm.host.scheduler import Scheduler
 from pkvm.host.timer import Timers
 from pkvm.hyp.abi import HostCall
@@ -97,6 +97,16 @@ class Host:
         if self.loaded is not None:
             self.el2.call(HostCall.VCPU_PUT)
             self.loaded = None
+
+    def invalidate(self, address: int, length: int) -> None:
+        """The MMU notifier: user memory goes or changes its rights, and guests that share it with
+        the host lose it until they touch it again. Pages of a protected guest stay its own."""
+        for vm in self.vms:
+            for slot in vm.slots if vm.shared else ():
+                start, end = max(slot.user, address), min(slot.user + slot.size, address + length)
+                if start < end:
+                    first = slot.gfn + (start - slot.user >> PAGE_SHIFT)
+                    vm.unshare(first, end - start >> PAGE_SHIFT)
 
     def say(self, text: str) -> None:
         """printk."""

@@ -23,9 +23,10 @@ from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.host import Host
 from pkvm.host.irqfd import Irqfds
 from pkvm.host.memlock import Memlock
-from pkvm.host.mm import HostMemory, UserSpace
+from pkvm.host.memory import HostMemory
+from pkvm.host.mm import UserSpace
 from pkvm.host.pages import PageAllocator
-from pkvm.host.ports import PAGE_MASK, Alarms, Bus, BusFaults, Clock, Door
+from pkvm.host.ports import PAGE_MASK, PAGE_SIZE, Alarms, Bus, BusFaults, Clock, Door
 from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
 from pkvm.host.timer import Timers
 from pkvm.host.vcpu import Vcpu
@@ -33,6 +34,7 @@ from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import RFC, Dialect, LostPage
 from pkvm.uapi.errors import HostOopsError
 from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
+from pkvm.uapi.memory import Backing, Change
 
 FIRST_FD = 3
 MAX_FDS = 1024
@@ -122,6 +124,8 @@ class HostKernel:
             clock,
             entropy,
         )
+        users.on_change = self._host.invalidate
+        self._memlock = memlock
         self._dma = CopyDriver(bus, users, dma_base)
         self._files: dict[int, File] = {}
         self._run_pages: set[HostRunPage] = set()
@@ -195,18 +199,36 @@ class HostKernel:
                 lock.hand_over()
         return result
 
-    def mmap(self, length: int) -> HostMemory:
-        """An anonymous mapping, all of its pages there at once. Raises EINVAL, ENOMEM."""
+    def mmap(self, length: int, backing: Backing = Backing.ANONYMOUS) -> HostMemory:
+        """A mapping, all of its pages there at once. Raises EINVAL, ENOMEM."""
+
+        def make() -> tuple[int, int]:
+            mapping = self._host.users.map(length, backing)
+            return mapping.address, mapping.length
+
+        return self.place(make, backing)
+
+    def place(self, make: Callable[[], tuple[int, int]], backing: Backing) -> HostMemory:
+        """mmap(2), mremap(2): the memory at the address and of the length that `make` returns.
+        Raises OSError."""
         memory: list[HostMemory] = []
 
-        def make() -> int:
+        def call() -> int:
             self._not_down()
-            mapping = self._host.users.map(length)
-            memory.append(HostMemory(self._host.users, mapping, self._munmap, self._take_by_force))
+            memory.append(HostMemory(self._host.users, self, *make(), backing))
             return 0
 
-        self._call(-1, "mmap", make)
+        self._call(-1, "mmap", call)
         return memory[0]
+
+    def change(self, what: Change, address: int, length: int) -> None:
+        """munmap(2), mprotect(2), madvise(2), ... of the VMM's memory. Raises OSError."""
+
+        def call() -> int:
+            self._host.users.change(what, address, length)
+            return 0
+
+        self._call(-1, what.value.partition(" ")[0], call)
 
     def mmap_vcpu(self, fd: int, length: int) -> HostRunPage:
         """mmap(2) of a vCPU. Raises EBADF, ENODEV for another file, EINVAL for a length that is 0
@@ -269,7 +291,7 @@ class HostKernel:
 
         def unmap_all() -> int:
             for mapping in self._host.users.mappings():
-                self._host.users.unmap(mapping)
+                self._host.users.unmap(mapping.address, mapping.length)
             return 0
 
         self._call(-1, "exit", close_all)
@@ -313,14 +335,38 @@ class HostKernel:
         if self._down:
             raise OSError(errno.ENODEV, "the host kernel is shut down")
 
-    def _munmap(self, memory: HostMemory) -> None:
+    def unmap(self, address: int, length: int) -> None:
+        """munmap(2)."""
+
         def make() -> int:
-            self._host.users.unmap(memory.mapping)
+            self._host.users.unmap(address, length)
             return 0
 
         self._call(-1, "munmap", make)
 
-    def _take_by_force(self, pa: int, address: int) -> None:
+    def fork(self) -> None:
+        """fork(2). The child gets copies, made at once, of those private pages that a guest has
+        (pinned ones), where MADV_DOFORK was said. Raises HostOopsError."""
+        self._call(-1, "fork", lambda: 0)
+        for mapping in self._host.users.mappings():
+            if mapping.backing.shared or not mapping.to_children:
+                continue
+            for offset in range(0, mapping.length, PAGE_SIZE):
+                try:
+                    self._host.bus.read(mapping.pa + offset, 1)
+                except self._bus_faults:
+                    self.take(mapping.pa + offset, mapping.address + offset)
+
+    def limit_memlock(self, limit: int | None) -> None:
+        """setrlimit(2) of RLIMIT_MEMLOCK; None: as it was at first."""
+
+        def call() -> int:
+            self._host.memlock.limit = self._memlock if limit is None else limit
+            return 0
+
+        self._call(-1, "setrlimit", call)
+
+    def take(self, pa: int, address: int) -> None:
         """The kernel touched the page at `pa`, without a fix-up: get it back from its guest
         (facts §3.7). Raises HostOopsError."""
 

@@ -1,37 +1,79 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The VMM's address space: anonymous mappings, user copies, and memory as the VMM sees it.
+"""The VMM's address space: mappings, what becomes of them, and user copies.
 
-A mapping is one run of physical pages at a user address of its own; addresses
-are never used twice and gaps lie between mappings, so that an overrun or a
-stale pointer meets nothing. Whatever address an ioctl carries is looked up
-here; none is ever dereferenced raw.
+A mapping is a part of one run of physical pages at a user address of its own;
+addresses are never used twice and gaps lie between mappings, so that an overrun
+or a stale pointer meets nothing. Whatever address an ioctl carries is looked up
+here; none is ever dereferenced raw. All pages are there from the start: nobody
+can tell that from pages that come when they are touched.
 """
 
 from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 from pkvm.host.pages import PageAllocator, PageRun
 from pkvm.host.ports import PAGE_MASK, PAGE_SHIFT, Bus, BusFaults
-from pkvm.uapi.errors import ProtectedPageError
+from pkvm.uapi.memory import Backing, Change
 
 USER_BASE = 0x7F00_0000_0000
 USER_END = 1 << 48
 """First address that is not a user's (access_ok with 48-bit virtual addresses)."""
 _GAP = 1 << 21
+_RIGHTS = {
+    Change.NO_ACCESS: (False, False),
+    Change.READ_ONLY: (True, False),
+    Change.READ_WRITE: (True, True),
+}
+"""May be read, may be written."""
+_ANONYMOUS = frozenset({Backing.ANONYMOUS, Backing.HUGE, Backing.ZERO})
 
 
 class Mapping:
-    """An anonymous mapping: `run`'s pages at user address `address`."""
+    """Bytes [offset, offset + length) of `run` at user address `address`: a VMA."""
 
-    __slots__ = ("address", "length", "run")
+    __slots__ = (
+        "address", "backing", "length", "locked", "offset", "readable", "run", "to_children",
+        "whole", "writable",
+    )  # fmt: skip
 
-    def __init__(self, address: int, run: PageRun) -> None:
+    def __init__(
+        self, address: int, run: PageRun, backing: Backing = Backing.ANONYMOUS, offset: int = 0,
+        length: int | None = None,
+    ) -> None:  # fmt: skip
         self.address = address
-        self.length = run.length
         self.run = run
+        self.backing = backing
+        self.offset = offset
+        self.length = run.length - offset if length is None else length
+        self.readable = self.writable = self.whole = True
+        """`whole`: it is as it was made, and where."""
+        self.locked = backing is Backing.SECRET
+        self.to_children = False
+
+    @property
+    def pa(self) -> int:
+        """PA of its first byte."""
+        return self.run.pa + self.offset
+
+    @property
+    def end(self) -> int:
+        """First user address after it."""
+        return self.address + self.length
+
+    def part(self, start: int, end: int, address: int) -> Mapping:
+        """The same pages as those at user addresses [start, end), at `address`: a new user of the
+        run."""
+        made = Mapping(
+            address, self.run, self.backing, self.offset + start - self.address, end - start
+        )
+        made.readable, made.writable = self.readable, self.writable
+        made.locked, made.to_children = self.locked, self.to_children
+        self.run.get()
+        return made
 
 
 class UserSpace:
@@ -45,31 +87,67 @@ class UserSpace:
         self._next = USER_BASE
         self._table: tuple[list[int], list[Mapping]] = ([], [])
         """Start addresses, sorted, and the mappings in the same order."""
+        self.on_change: Callable[[int, int], None] = lambda address, length: None
+        """Called before pages at [address, address + length) go or change their rights: the MMU
+        notifier."""
 
-    def map(self, length: int) -> Mapping:
+    def map(self, length: int, backing: Backing = Backing.ANONYMOUS) -> Mapping:
         """mmap: `length` bytes, rounded up to pages, zeroed. Raises EINVAL for 0, ENOMEM."""
         if length <= 0:
             raise OSError(errno.EINVAL, f"cannot map {length} bytes")
-        npages = (length + PAGE_MASK) >> PAGE_SHIFT
-        size = npages << PAGE_SHIFT
-        if self._next + size + _GAP > USER_END:
-            raise OSError(errno.ENOMEM, f"the address space has no room for {length:#x} bytes")
-        mapping = Mapping(self._next, PageRun(self._pages, npages))
-        self._next = (self._next + size + 2 * _GAP - 1) // _GAP * _GAP
-        starts, mappings = self._table
-        self._table = ([*starts, mapping.address], [*mappings, mapping])
+        npages = -(-length // backing.page) * backing.page >> PAGE_SHIFT
+        address = self._reserve(npages << PAGE_SHIFT)
+        mapping = Mapping(address, PageRun(self._pages, npages), backing)
+        self._put([], [mapping])
         return mapping
 
-    def unmap(self, mapping: Mapping) -> None:
-        """munmap. Idempotent. Pages that a VM pins live on."""
-        starts, mappings = self._table
-        if mapping in mappings:
-            index = mappings.index(mapping)
-            self._table = (
-                starts[:index] + starts[index + 1 :],
-                mappings[:index] + mappings[index + 1 :],
-            )
+    def unmap(self, address: int, length: int) -> None:
+        """munmap: whatever is mapped there. Pages that a VM pins live on."""
+        inside = self._cut(address, address + length)
+        self._changing(inside)
+        self._put(inside, [])
+        for mapping in inside:
             mapping.run.put()
+
+    def change(self, what: Change, address: int, length: int) -> None:
+        """munmap, mprotect, madvise, ... of [address, address+length). Raises EINVAL for what does
+        not go with the mapping, ENOMEM where nothing is mapped."""
+        length = (length + PAGE_MASK) & ~PAGE_MASK
+        for mapping in self._overlapping(address, address + length):
+            if (address | length) % mapping.backing.page:
+                why = f"{address:#x} (+{length:#x}) are no whole pages of {mapping.backing.words}"
+                raise OSError(errno.EINVAL, f"{what.value}: {why}")
+        inside = self._cut(address, address + length)
+        if what is Change.UNMAP:
+            self.unmap(address, length)
+        elif what is Change.REPLACE:
+            fresh = Mapping(address, PageRun(self._pages, length >> PAGE_SHIFT))
+            fresh.whole = False
+            self.unmap(address, length)
+            self._put([], [fresh])
+        elif sum(mapping.length for mapping in inside) < length:
+            raise OSError(errno.ENOMEM, f"{what.value}: nothing is mapped in a part of that")
+        else:
+            self._changing(inside)
+            for mapping in inside:
+                self._change_one(what, mapping)
+
+    def move(self, address: int, length: int) -> tuple[int, int]:
+        """mremap to a new address, which is returned, with the length. Raises EFAULT where nothing
+        is mapped."""
+        inside = self._cut(address, address + length)
+        if sum(mapping.length for mapping in inside) < length:
+            raise OSError(errno.EFAULT, "mremap: nothing is mapped in a part of that")
+        self._changing(inside)
+        target = self._copy(inside, address, length)
+        self._put(inside, [])
+        for mapping in inside:
+            mapping.run.put()
+        return target, length
+
+    def alias(self, address: int, length: int) -> tuple[int, int]:
+        """Map the objects behind [address, address+length) once more: new address, length."""
+        return self._copy(self._overlapping(address, address + length), address, length), length
 
     def mappings(self) -> tuple[Mapping, ...]:
         """All of them, by address."""
@@ -87,133 +165,159 @@ class UserSpace:
             errno.EFAULT, f"address {address:#x} (+{length:#x}) is in no mapping of the VMM's"
         )
 
+    def pinned(self, address: int, length: int, *, protected: bool) -> Mapping:
+        """The mapping of what KVM takes for a guest to read and write (pin_user_pages). Raises
+        EFAULT where nothing writable is mapped, and the errno of memory that cannot be pinned."""
+        mapping = self.find(address, length)
+        if not mapping.writable:
+            raise OSError(errno.EFAULT, f"the VMM may not write to {address:#x}")
+        backing = mapping.backing
+        number = backing.protected_errno if protected else backing.plain_errno
+        if number:
+            raise OSError(number, f"{backing.words} is no memory for such a guest: {address:#x}")
+        return mapping
+
     def pa(self, address: int, length: int) -> int:
         """PA of user address `address`; [address, address+length) is contiguous from there.
         Raises EFAULT."""
         mapping = self.find(address, length)
-        return mapping.run.pa + address - mapping.address
+        return mapping.pa + address - mapping.address
+
+    def pieces(self, address: int, length: int, *, write: bool) -> Iterator[tuple[int, int]]:
+        """(PA, bytes) of [address, address+length), piece by piece. Raises EFAULT at the first that
+        is not mapped, or not for that access."""
+        end = address + length
+        while address < end:
+            mapping = self.find(address, 1)
+            if not (mapping.writable if write else mapping.readable):
+                verb = "write to" if write else "read"
+                raise OSError(errno.EFAULT, f"the VMM may not {verb} {address:#x}")
+            stop = min(end, mapping.end)
+            yield mapping.pa + address - mapping.address, stop - address
+            address = stop
 
     def copy_from_user(self, address: int, length: int) -> bytes:
         """Bytes at a user address. Raises EFAULT outside mappings and for a page that the host
         may not read."""
-        pa = self.pa(address, length)
+        read = self.bus.read
         try:
-            return self.bus.read(pa, length)
+            parts = self.pieces(address, length, write=False)
+            return b"".join([read(pa, count) for pa, count in parts])
         except self.bus_faults as fault:
             raise OSError(errno.EFAULT, f"copy from user {address:#x}: {fault}") from fault
 
     def copy_to_user(self, address: int, data: bytes) -> None:
         """Write to a user address. Errors as `copy_from_user`."""
-        pa = self.pa(address, len(data))
+        done = 0
         try:
-            self.bus.write(pa, data)
+            for pa, count in self.pieces(address, len(data), write=True):
+                self.bus.write(pa, data[done : done + count])
+                done += count
         except self.bus_faults as fault:
             raise OSError(errno.EFAULT, f"copy to user {address:#x}: {fault}") from fault
 
+    def _change_one(self, what: Change, mapping: Mapping) -> None:
+        """mprotect, mlock or madvise of a whole mapping (madvise(2)). Raises EINVAL, EACCES."""
+        backing = mapping.backing
+        invalid = OSError(errno.EINVAL, f"{what.value} does not go with {backing.words}")
+        if what in _RIGHTS:
+            mapping.readable, mapping.writable = _RIGHTS[what]
+        elif what is Change.LOCK:
+            mapping.locked = True
+        elif what is Change.DOFORK:
+            mapping.to_children = True
+        elif what is Change.POPULATE:
+            if not mapping.writable:
+                raise invalid
+        elif mapping.locked:
+            raise invalid
+        elif what is Change.REMOVE:
+            self._punch(mapping, invalid)
+        elif what is Change.DONTNEED:
+            if not backing.shared:
+                self._renew(mapping)
+        elif what is Change.FREE:
+            if backing not in _ANONYMOUS:
+                raise invalid
+        elif backing.page != 1 << PAGE_SHIFT:
+            raise invalid
 
-class HostMemory:
-    """A mapping in the VMM's hands: `pkvm.kvm.kernel.Memory` of the built-in host.
+    def _punch(self, mapping: Mapping, invalid: OSError) -> None:
+        """MADV_REMOVE: the object loses these pages, in every mapping of it."""
+        if not mapping.backing.shared:
+            if mapping.backing.has_file or mapping.backing is Backing.ZERO:
+                raise OSError(errno.EACCES, "the mapping is private")
+            raise invalid
+        run, start, end = mapping.run, mapping.offset, mapping.offset + mapping.length
+        fresh = PageRun(self._pages, mapping.length >> PAGE_SHIFT)
+        for other in self.mappings():
+            low, high = max(other.offset, start), min(other.offset + other.length, end)
+            if other.run is not run or low >= high:
+                continue
+            base = other.address - other.offset
+            for part in self._cut(base + low, base + high):
+                fresh.get()
+                part.run.put()
+                part.run, part.offset = fresh, low - start
+        fresh.put()
 
-    Loads and stores take the host CPU's way, through its stage-2, and need no system call. `take`
-    gets a page at a PA and user address back by force, or raises HostOopsError.
-    """
+    def _renew(self, mapping: Mapping) -> None:
+        """Put new, zeroed pages into a private mapping."""
+        fresh = PageRun(self._pages, mapping.length >> PAGE_SHIFT)
+        mapping.run.put()
+        mapping.run, mapping.offset = fresh, 0
 
-    def __init__(
-        self,
-        users: UserSpace,
-        mapping: Mapping,
-        unmap: Callable[[HostMemory], None],
-        take: Callable[[int, int], None],
-    ) -> None:
-        self.mapping = mapping
-        self._users = users
-        self._unmap = unmap
-        self._take = take
-        self._pa = mapping.run.pa
-        self._bus = users.bus
-        self._faults = users.bus_faults
-        self._closed = False
+    def _changing(self, mappings: list[Mapping]) -> None:
+        for mapping in mappings:
+            mapping.whole = False
+            self.on_change(mapping.address, mapping.length)
 
-    @property
-    def address(self) -> int:
-        """User address of the first byte."""
-        return self.mapping.address
+    def _copy(self, inside: list[Mapping], address: int, length: int) -> int:
+        """Map the pages of `inside` at a new address as they are at `address`."""
+        target = self._reserve(length)
+        made = []
+        for one in inside:
+            start, end = max(one.address, address), min(one.end, address + length)
+            made.append(one.part(start, end, target + start - address))
+        self._put([], made)
+        return target
 
-    @property
-    def length(self) -> int:
-        """Bytes, a multiple of the page size."""
-        return self.mapping.length
+    def _reserve(self, size: int) -> int:
+        """A user address with room for `size` bytes. Raises ENOMEM."""
+        if self._next + size + _GAP > USER_END:
+            raise OSError(errno.ENOMEM, f"the address space has no room for {size:#x} bytes")
+        address = self._next
+        self._next = (address + size + 2 * _GAP - 1) // _GAP * _GAP
+        return address
 
-    def read(self, offset: int, length: int) -> bytes:
-        """Load bytes. Raises ValueError outside the mapping, ProtectedPageError."""
-        return self._load(offset, length, "load")
+    def _overlapping(self, start: int, end: int) -> list[Mapping]:
+        """The mappings of which a part is in [start, end)."""
+        return [one for one in self._table[1] if one.address < end and one.end > start]
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Store bytes; pages before a refused one have been written. Errors as `read`."""
-        self._store(offset, data, "store")
+    def _cut(self, start: int, end: int) -> list[Mapping]:
+        """The mappings in [start, end), those at its ends cut there."""
+        inside, gone, made = [], [], []
+        for one in self._overlapping(start, end):
+            if one.address >= start and one.end <= end:
+                inside.append(one)
+                continue
+            gone.append(one)
+            cuts = sorted({one.address, max(start, one.address), min(end, one.end), one.end})
+            for low, high in pairwise(cuts):
+                part = one.part(low, high, low)
+                part.whole = False
+                made.append(part)
+                if low >= start and high <= end:
+                    inside.append(part)
+        if gone:
+            self._put(gone, made)
+            for one in gone:
+                one.whole = False
+                one.run.put()
+        return inside
 
-    def syscall_read(self, offset: int, length: int) -> bytes:
-        """What copy_from_user in a system call gets. Errors as `read`."""
-        return self._load(offset, length, "system call's read")
-
-    def syscall_write(self, offset: int, data: bytes) -> None:
-        """copy_to_user in a system call. Errors as `read`."""
-        self._store(offset, data, "system call's write")
-
-    def forced_read(self, offset: int, length: int) -> bytes:
-        """A load of the kernel's own, which takes what it may not touch by force. Raises ValueError
-        outside the mapping, HostOopsError."""
-        return self._forced(offset, length, lambda pa: self._bus.read(pa, length))
-
-    def forced_write(self, offset: int, data: bytes) -> None:
-        """A store of the kernel's own. Errors as `forced_read`."""
-
-        def store(pa: int) -> bytes:
-            self._bus.write(pa, data)
-            return b""
-
-        self._forced(offset, len(data), store)
-
-    def close(self) -> None:
-        """munmap. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._unmap(self)
-
-    def _load(self, offset: int, length: int, access: str) -> bytes:
-        self._check(offset, length)
-        try:
-            return self._bus.read(self._pa + offset, length)
-        except self._faults as fault:
-            raise self._refused(fault, offset, access) from fault
-
-    def _store(self, offset: int, data: bytes, access: str) -> None:
-        self._check(offset, len(data))
-        try:
-            self._bus.write(self._pa + offset, data)
-        except self._faults as fault:
-            raise self._refused(fault, offset, access) from fault
-
-    def _forced(self, offset: int, length: int, access: Callable[[int], bytes]) -> bytes:
-        """`access` at the PA of `offset`, as often as it takes to have all pages back."""
-        self._check(offset, length)
-        while True:
-            try:
-                return access(self._pa + offset)
-            except self._faults as fault:
-                pa: int = getattr(fault, "ipa", self._pa + offset)
-                self._take(pa, self.address + pa - self._pa)
-
-    def _check(self, offset: int, length: int) -> None:
-        if self._closed:
-            raise ValueError(f"the mapping at {self.address:#x} is closed")
-        if offset < 0 or length < 0 or offset + length > self.mapping.length:
-            raise ValueError(
-                f"[{offset:#x}, +{length:#x}) is outside the mapping of {self.length:#x} bytes"
-            )
-
-    def _refused(self, fault: Exception, offset: int, access: str) -> ProtectedPageError:
-        """The error for an access at `offset` that met `fault`; the fault knows the first byte
-        that the host may not touch."""
-        ipa: int = getattr(fault, "ipa", self._pa + offset)
-        return ProtectedPageError(self.address + ipa - self._pa, access)
+    def _put(self, gone: list[Mapping], made: list[Mapping]) -> None:
+        """Replace mappings in the tables."""
+        kept = [one for one in self._table[1] if one not in gone]
+        mappings = sorted([*kept, *made], key=lambda one: one.address)
+        self._table = ([one.address for one in mappings], mappings)

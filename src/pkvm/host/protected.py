@@ -121,8 +121,8 @@ def _extents(vm: Vm) -> tuple[list[Extent], list[PageRun]]:
     extents = []
     runs = []
     for slot in vm.slots:
-        mapping = vm.host.users.find(slot.user, slot.size)
-        pa = mapping.run.pa + slot.user - mapping.address
+        mapping = vm.host.users.pinned(slot.user, slot.size, protected=True)
+        pa = mapping.pa + slot.user - mapping.address
         extents.append((pa >> PAGE_SHIFT, slot.gfn, slot.npages))
         runs.append(mapping.run)
     return extents, runs

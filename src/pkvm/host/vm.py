@@ -167,8 +167,11 @@ class Vm:
             run.put()
 
     def unshare(self, gfn: int, npages: int) -> None:
-        """Take back what a non-protected guest shares in [gfn, gfn+npages)."""
-        for first in [first for first in self.shared if gfn <= first < gfn + npages]:
+        """Take back what a non-protected guest shares in [gfn, gfn+npages), whole leaves."""
+        end = gfn + npages
+        for first in [
+            first for first, one in self.shared.items() if first < end and first + one.npages > gfn
+        ]:
             sharing = self.shared[first]
             self.host.el2.call(HostCall.HOST_UNSHARE_GUEST, self.handle, first, sharing.npages)
             del self.shared[first]

@@ -3,7 +3,7 @@
 
 Structures are bytearrays, as everywhere above the seam; `fcntl.ioctl` hands
 their bytes to the kernel and brings back what it wrote. What a structure points
-to lies in a `DevMemory`, whose address never changes.
+to lies in a `DevMapping`, whose address never changes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import fcntl
 import mmap
 import os
 
-from pkvm.kvm import libc
+from pkvm.kvm import libc, linux_memory
 from pkvm.kvm.advice import explained
-from pkvm.kvm.dev_memory import PAGE_SIZE, DevMemory, Stage
+from pkvm.kvm.dev_mapping import DevMapping
+from pkvm.kvm.dev_memory import PAGE_SIZE, Stage
 from pkvm.kvm.kicks import INTERRUPTER, Runners
 from pkvm.uapi.kvm import Ioctl
+from pkvm.uapi.memory import Backing
 
 _RUN = int(Ioctl.RUN)
 _REG_LIST = int(Ioctl.GET_REG_LIST)
@@ -78,9 +80,10 @@ class DevKernel:
         except OSError as error:
             raise explained(request, arg, error) from None
 
-    def mmap(self, length: int) -> DevMemory:
-        """An anonymous, private, zeroed mapping. Raises EINVAL, ENOMEM."""
-        return DevMemory(self._stage, length)
+    def mmap(self, length: int, backing: Backing = Backing.ANONYMOUS) -> DevMapping:
+        """A new, zeroed mapping. Raises EINVAL, ENOMEM (also where the kernel has no huge pages at
+        hand: vm.nr_hugepages), ENODEV for a file where there is no disk."""
+        return DevMapping.new(self._stage, length, backing)
 
     def mmap_vcpu(self, fd: int, length: int) -> DevRunPage:
         """mmap(2) of a vCPU. Raises EBADF, ENODEV, EINVAL."""
@@ -96,6 +99,14 @@ class DevKernel:
         """End a KVM_RUN under way on a vCPU with EINTR. From any thread, also out of a signal
         handler of Python's."""
         self._runners.kick(fd)
+
+    def fork(self) -> None:
+        """fork(2); the child ends at once. Raises OSError."""
+        linux_memory.fork()
+
+    def limit_memlock(self, limit: int | None) -> None:
+        """RLIMIT_MEMLOCK, obeyed even by root; None: as it was at first. Raises OSError."""
+        linux_memory.limit_memlock(limit)
 
     def _run(self, fd: int, arg: int) -> int:
         self._runners.enter(fd)

@@ -6,8 +6,8 @@ Two kernels stand behind it: the built-in host (`pkvm.host`) and, over
 Every call raises OSError with Linux's errno; the text of the error says more
 where the kernel has more to say.
 
-Memory is an object of the seam. On a real kernel a `Memory` is an anonymous
-mapping of this process; on the built-in host it is pages of the machine's RAM,
+Memory is an object of the seam. On a real kernel a `Memory` is a mapping of
+this process; on the built-in host it is pages of the machine's RAM,
 reached through the host's stage-2. Both refuse the same accesses in the same
 way: `pkvm.uapi.errors.ProtectedPageError`.
 """
@@ -16,9 +16,15 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from pkvm.uapi.memory import Backing, Change, Forced, SystemCall
+
 
 class Memory(Protocol):
-    """An anonymous mapping made through the seam: the VMM's view of guest memory."""
+    """A mapping made through the seam: the VMM's view of guest memory.
+
+    Children of the process do not get it (MADV_DONTFORK). An access to a part that was unmapped or
+    protected since (`change`) is an OSError with EFAULT, but no ProtectedPageError.
+    """
 
     @property
     def address(self) -> int:
@@ -50,14 +56,33 @@ class Memory(Protocol):
         `syscall_read`."""
         ...
 
-    def forced_read(self, offset: int, length: int) -> bytes:
-        """What the kernel reads for itself where it has no fix-up: pread(2) of /proc/self/mem,
-        vmsplice(2), fork(2). In some dialects that takes a guest's private page by force: it reads
-        zero, and the guest has lost it for ever. Else HostOopsError."""
+    def system_call(self, what: SystemCall, offset: int, length: int) -> int:
+        """Use a part as the buffer of a system call: what that returned. Raises ValueError outside
+        the mapping, OSError: EFAULT where the buffer cannot be reached."""
         ...
 
-    def forced_write(self, offset: int, data: bytes) -> None:
-        """pwrite(2) of /proc/self/mem. As `forced_read`."""
+    def forced_read(self, offset: int, length: int, way: Forced = Forced.PROC_MEM) -> bytes:
+        """What the kernel reads for itself where it has no fix-up. In some dialects that takes a
+        guest's private page by force: it reads zero, and the guest has lost it for ever. Else
+        HostOopsError. Raises OSError where nothing is mapped."""
+        ...
+
+    def forced_write(self, offset: int, data: bytes, way: Forced = Forced.PROC_MEM) -> None:
+        """What the kernel writes for itself. As `forced_read`."""
+        ...
+
+    def change(self, what: Change, offset: int = 0, length: int | None = None) -> None:
+        """munmap, mprotect, madvise, ... of a part, by default of all from `offset` on. Raises
+        ValueError outside the mapping, OSError."""
+        ...
+
+    def move(self, offset: int = 0, length: int | None = None) -> Memory:
+        """mremap(2) of a part to another address: what is there now. Errors as `change`."""
+        ...
+
+    def alias(self) -> Memory:
+        """mmap(2) of the same object once more. Raises EINVAL where there is none to map: anonymous
+        memory."""
         ...
 
     def close(self) -> None:
@@ -91,9 +116,9 @@ class Kernel(Protocol):
         back in place; a buffer shorter than the request's structure is EFAULT. KVM_RUN blocks."""
         ...
 
-    def mmap(self, length: int) -> Memory:
-        """An anonymous, private, zeroed mapping of `length` bytes (rounded up to pages).
-        Raises EINVAL for length 0, ENOMEM."""
+    def mmap(self, length: int, backing: Backing = Backing.ANONYMOUS) -> Memory:
+        """A new, zeroed mapping of `length` bytes (rounded up to pages), by default anonymous and
+        private. Raises EINVAL for length 0, ENOMEM."""
         ...
 
     def mmap_vcpu(self, fd: int, length: int) -> RunPage:
@@ -107,4 +132,14 @@ class Kernel(Protocol):
     def kick(self, fd: int) -> None:
         """Make a KVM_RUN that is under way on this vCPU fd return EINTR, as a signal to its thread
         does. Nothing happens if none is; set `immediate_exit` first to catch the next."""
+        ...
+
+    def fork(self) -> None:
+        """fork(2): a child that ends at once. It gets the memory for which MADV_DOFORK was said,
+        and the kernel copies those private pages of it that a guest has."""
+        ...
+
+    def limit_memlock(self, limit: int | None) -> None:
+        """setrlimit(2) of RLIMIT_MEMLOCK, bytes, and no privilege to ignore it; None is how it was
+        at first."""
         ...
