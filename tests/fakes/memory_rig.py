@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pkvm.arm64.stage2 import ANNOTATION_POISONED, PAGE_SIZE, PageState
+from pkvm.arm64.stage2 import ANNOTATION_POISONED, PAGE_SIZE, PageState, guest_annotation
 from pkvm.check.invariants import PrivacyWatch, Snapshot, check
 from pkvm.check.watch import Watch
 from pkvm.events import Event, Transition
@@ -34,6 +34,11 @@ class RigVm:
     handle: int
     stage2: Stage2
     memcache: Memcache
+
+    @property
+    def annotation(self) -> int:
+        """As of EL2's `Vm`."""
+        return guest_annotation(self.handle, 0)
 
 
 class EventList:

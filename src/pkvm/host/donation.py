@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from pkvm.host.el2 import DONE, value_of
 from pkvm.host.memslots import Slot
 from pkvm.host.pages import BLOCK_PAGES
 from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
@@ -21,7 +22,6 @@ from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import LostPage
 
-_HOST_DONATE_GUEST = HostCall.HOST_DONATE_GUEST
 _TABLES = 2
 """Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
 
@@ -33,10 +33,9 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
     Raises EFAULT for a page that was taken by force and where the slot has no user memory, ENOMEM
     beyond RLIMIT_MEMLOCK or without pages for tables, or what EL2 answers.
     """
-    gfn = ipa >> PAGE_SHIFT
+    gfn, given = ipa >> PAGE_SHIFT, vm.donated
     block = gfn & -BLOCK_PAGES
-    known = gfn in vm.donated or vm.donated.get(block, 1) > 1
-    if known:
+    if gfn in given or given.get(block, 1) > 1:
         takes = vm.host.dialect.lost_page is LostPage.TAKEN_EFAULT
         if takes and vm.host.el2.try_call(HostCall.VCPU_IN_POISON_FAULT):
             raise OSError(
@@ -78,7 +77,7 @@ def _give(
 ) -> None:
     """Count, pin, donate by `donate`. Raises OSError, and nothing has changed then."""
     host = vm.host
-    user = _user(slot, gfn)
+    user = slot.user + (gfn << PAGE_SHIFT) - slot.ipa
     host.memlock.charge(npages)
     try:
         mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
@@ -92,11 +91,14 @@ def _give(
 
 def _donate(vm: Vm, pfn: int, gfn: int, npages: int) -> None:
     """HOST_DONATE_GUEST, with table pages as needed. Raises OSError."""
-    el2 = vm.host.el2
-    result = el2.try_call(_HOST_DONATE_GUEST, pfn, gfn, npages)
-    if result == -errno.ENOMEM:
+    donate = vm.host.el2.donate
+    registers = donate(pfn, gfn, npages)
+    if registers == DONE:
+        return
+    if value_of(registers) == -errno.ENOMEM:
         vm.topup(_TABLES)
-        result = el2.try_call(_HOST_DONATE_GUEST, pfn, gfn, npages)
+        registers = donate(pfn, gfn, npages)
+    result = value_of(registers)
     if result < 0:
         raise OSError(-result, f"EL2 does not give the guest IPA {gfn << PAGE_SHIFT:#x}")
 

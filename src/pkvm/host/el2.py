@@ -14,6 +14,8 @@ from pkvm.hyp.abi import HOST_CALL_BASE, HostCall
 
 _SIGN = 1 << 63
 _WRAP = 1 << 64
+DONE = (0, 0)
+"""X0 and X1 of a hypercall that was served and has no more to say."""
 
 
 class El2:
@@ -25,6 +27,10 @@ class El2:
             door, int(HOST_CALL_BASE + HostCall.VCPU_RUN)
         )
         """VCPU_RUN: (flags, X0, list registers) -> registers, `hyp.abi.RunResult`."""
+        self.donate: Callable[[int, int, int], tuple[int, ...]] = partial(
+            door, int(HOST_CALL_BASE + HostCall.HOST_DONATE_GUEST)
+        )
+        """HOST_DONATE_GUEST: (pfn, gfn, pages) -> registers, see `value_of`."""
         self._bus = bus
         self._pages = pages
         self._recorder = recorder
@@ -41,10 +47,7 @@ class El2:
 
     def try_call(self, call: HostCall, *args: int) -> int:
         """Make a hypercall and return its value or a negative errno."""
-        known, result, *_ = self.door(HOST_CALL_BASE + call, *args)
-        if known & _SIGN:
-            return -errno.ENOSYS
-        return result - _WRAP if result & _SIGN and result > 0 else result
+        return value_of(self.door(HOST_CALL_BASE + call, *args))
 
     def topup(self, handle: int, nr: int) -> set[int]:
         """Donate `nr` pages to a VM's table-page cache; the PAs that EL2 took.
@@ -95,3 +98,11 @@ class El2:
     def say(self, text: str) -> None:
         """printk."""
         self._recorder.record(Message("host", text))
+
+
+def value_of(registers: tuple[int, ...]) -> int:
+    """What a hypercall returned, X0 and X1: its value or a negative errno."""
+    result = registers[1]
+    if registers[0] & _SIGN:
+        return -errno.ENOSYS
+    return result - _WRAP if result & _SIGN and result > 0 else result

@@ -149,7 +149,7 @@ def _device_access(vcpu: Vcpu, results: Results) -> Access | None:
     """The load or store that the VMM is to emulate, remembered until a slot changes; None if there
     is none, and the abort is dealt with."""
     vm = vcpu.vm
-    esr, far, hpfar = (results[word] for word in (_ESR, RunResult.FAR, RunResult.HPFAR))
+    _, _, esr, _, far, hpfar, _, _ = results
     ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
     slot = vm.slots.at(ipa)
     if slot is not None:

@@ -75,7 +75,12 @@ def kvm_run(vcpu: Vcpu) -> None:
                 if results is not None:
                     if nr_lrs and gic is not None:
                         gic.fold(nr_lrs)
-                    if _exited(vcpu, results):
+                    # An exit for user space, or to be served here; the others are rare.
+                    if results[_CODE] == _TRAP:
+                        vcpu.flags = 0
+                        if exits.trap(vcpu, results):
+                            return
+                    elif _exited(vcpu, results):
                         return
             sched.breathe(runner)
     except KickedError:
@@ -86,11 +91,8 @@ def kvm_run(vcpu: Vcpu) -> None:
 
 
 def _exited(vcpu: Vcpu, results: exits.Results) -> bool:
-    """Serve what VCPU_RUN returned; True if that is for the VMM. Raises KickedError, OSError."""
+    """Serve an exit that is no trap; True if it is for the VMM. Raises KickedError, OSError."""
     code = results[_CODE]
-    if code == _TRAP:
-        vcpu.flags = 0
-        return exits.trap(vcpu, results)
     if code < 0 or code & _SIGN:
         raise _refused(vcpu, code)
     vcpu.flags = 0

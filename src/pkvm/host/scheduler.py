@@ -123,6 +123,8 @@ class Scheduler:
             raise ValueError("the virtual clock needs a CPU that counts blocks")
         self._counter = counter if self._virtual else None
         self._clock = clock
+        self._now = self._blocks if self._virtual else clock.now_ns
+        """The time in the unit of `_slice_end`."""
         self._slice = SLICE_BLOCKS if self._virtual else REAL_SLICE_NS
         self._grace_s = grace_s
         self.lock = KernelLock(self.want_kernel)
@@ -323,11 +325,12 @@ class Scheduler:
                 else:
                     self._start_turn(runner)
 
-    # Turns: everything below is called with `_mutex` held
+    def _blocks(self) -> int:
+        """The time with the virtual clock."""
+        assert self._counter is not None
+        return self._counter.blocks
 
-    def _now(self) -> int:
-        """In the unit of `_slice_end`."""
-        return self._clock.now_ns() if self._counter is None else self._counter.blocks
+    # Turns: everything below is called with `_mutex` held
 
     def _start_turn(self, runner: Runner) -> None:
         self.turn = runner

@@ -150,10 +150,10 @@ class Vm:
 
     def pin(self, run: PageRun) -> None:
         """Keep a run of user pages alive, whatever becomes of its mapping."""
-        if run not in self._pins:
-            self._pins[run] = 0
+        pins = self._pins.get(run, 0)
+        if not pins:
             run.get()
-        self._pins[run] += 1
+        self._pins[run] = pins + 1
 
     def has_pinned(self, pa: int) -> bool:
         """Whether the page at `pa` is among the user pages that the guest has."""

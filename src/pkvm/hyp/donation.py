@@ -24,6 +24,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 Entries = npt.NDArray[np.uint64]
 """(n, 3): pfn, gfn, number of pages."""
 _ENTRY_WORDS = SGLIST_ENTRY_BYTES // 8
+_FIRMWARE_BYTES = Vm.index_of("firmware_bytes")
 
 
 class Donation:
@@ -68,7 +69,7 @@ class Donation:
     def donate(self, vm: Vm, pfn: int, gfn: int, nr: int) -> None:
         """One range. Raises Refused as `MemProtect.host_donate_guest`, and EINVAL for a range that
         covers the firmware's only in part."""
-        if vm.firmware_bytes and not vm.firmware_loaded:
+        if vm.words[_FIRMWARE_BYTES] and not vm.firmware_loaded:
             entries = np.array([[pfn, gfn, nr]], np.uint64)
             if self._covers_firmware(vm, entries):
                 self._mem.host_donate_guest(vm, pfn, gfn, nr)

@@ -22,7 +22,6 @@ from pkvm.arm64.stage2 import (
     TABLE_ENTRIES,
     VALID,
     PageState,
-    guest_annotation,
     level_shift,
 )
 from pkvm.events import Transition
@@ -96,11 +95,11 @@ class GuestHost(Ownership):
                     page = (pa >> PAGE_SHIFT) - self._first_pfn
                     if self._state[page] != GUEST_SHARED_WITH_HOST:
                         raise self._wrong_state(page, GUEST_SHARED_WITH_HOST)
-                    handle = vm.handle
-                    self.host.take_page(pa, guest_annotation(handle, ipa >> PAGE_SHIFT))
+                    gfn = ipa >> PAGE_SHIFT
+                    self.host.take_page(pa, vm.annotation | gfn << ANNOTATION_GFN_SHIFT)
                     self._state[page] = GUEST_OWNED
                     self._words[index] = entry ^ _SHARED
-                    event = ("guest_unshare_host", pa, 1, handle, ipa)
+                    event = ("guest_unshare_host", pa, 1, vm.handle, ipa)
                     self._record(make_event(Transition, event))
                     return 1
             return self._unshare_range(vm, ipa, nr)
@@ -118,7 +117,7 @@ class GuestHost(Ownership):
     def _unshare_range(self, vm: GuestMemory, ipa: int, nr: int) -> int:
         gfn, nr = self._guest_range(vm, ipa, nr)
         pfns = self._guest_pages(vm, gfn, nr, PageState.SHARED_OWNED, GUEST_SHARED_WITH_HOST)
-        first = np.uint64(guest_annotation(vm.handle, gfn))
+        first = np.uint64(vm.annotation | gfn << ANNOTATION_GFN_SHIFT)
         steps = np.arange(nr, dtype=np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
         order = np.argsort(pfns)
         single = Runs(pfns[order], np.ones(nr, np.int64))

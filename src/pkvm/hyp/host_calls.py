@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pkvm.arm64.gic import VTR_VALUE
+from pkvm.events import HostHypercall
 from pkvm.hyp.abi import HostCall
 from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Errno, Refused
@@ -29,6 +30,8 @@ class Entry(NamedTuple):
     arity: int
     handler: Callable[..., int | None]
     """Raises Refused; None is 0."""
+    done: HostHypercall
+    """The event of a call that was served and gave 0, which most are."""
 
 
 class HostCalls:
@@ -55,7 +58,7 @@ class HostCalls:
             if not there
         }
         self.table: dict[int, Entry] = {
-            call: Entry(call.name, arity, handler)
+            call: Entry(call.name, arity, handler, HostHypercall(call.name, 0))
             for call, arity, handler in (
                 (HostCall.GIC_CONFIG, 0, lambda: VTR_VALUE),
                 (HostCall.HOST_SHARE_HYP, 1, mem.host_share_hyp),

@@ -22,10 +22,10 @@ from pkvm.arm64.stage2 import (
     S2AP_R,
     S2AP_W,
     SW_STATE_SHIFT,
+    TABLE_ENTRIES,
     TABLE_OR_PAGE,
     XN_NONE,
     PageState,
-    guest_annotation,
     level_shift,
     level_size,
 )
@@ -42,6 +42,8 @@ from pkvm.hyp.vmemmap import (
 )
 
 GUEST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
+_TABLE_SHIFT = level_shift(LAST_LEVEL - 1) - PAGE_SHIFT
+_INDEX_MASK = TABLE_ENTRIES - 1
 _SW_BORROWED = PageState.SHARED_BORROWED << SW_STATE_SHIFT
 
 
@@ -86,30 +88,29 @@ class HostGuest(Ownership):
                 run = _Donation(*np.array([[pfn], [gfn], [nr]], np.int64))
                 self._donate("host_donate_guest", vm, run)
             return
-        # At the first touch of a page, and for each page: in as few calls as possible.
+        # A guest's first touch of a page comes here: in as few steps as possible, if the table
+        # that its leaf goes to is known.
         self._take()
         try:
             page = pfn - self._first_pfn
             if not 0 <= page < self._npages:
                 self._ram_pages(pfn, 1)
-            if not 0 <= gfn < self._frame_limit:
-                self._check_gfns(vm, gfn, 1)
+            stage2, words = vm.stage2, self._words
+            table = stage2.walks.get(gfn >> _TABLE_SHIFT)
+            if table is None:
+                self._donate_with_tables(vm, pfn, gfn)
+                return
             if self._state[page] != HOST_OWNED:
                 raise self._wrong_state(page, HOST_OWNED)
-            ipa, pa = gfn << PAGE_SHIFT, pfn << PAGE_SHIFT
-            stage2, handle = vm.stage2, vm.handle
-            index, entry, level = stage2.find(ipa)
-            if entry:
+            index = table + (gfn & _INDEX_MASK)
+            if words[index]:
                 raise self._gfn_taken(vm, gfn)
-            if level < LAST_LEVEL:
-                self._check_tables(vm, LAST_LEVEL - level)
-            self.host.take_page(pa, guest_annotation(handle, gfn))
+            ipa, pa = gfn << PAGE_SHIFT, pfn << PAGE_SHIFT
+            self.host.take_page(pa, vm.annotation | gfn << ANNOTATION_GFN_SHIFT)
             self._state[page] = GUEST_OWNED
-            if level < LAST_LEVEL:
-                stage2.put(ipa, pa | GUEST_PAGE)
-            else:
-                stage2.store(ipa, index, 0, pa | GUEST_PAGE)
-            self._record(make_event(Transition, ("host_donate_guest", pa, 1, handle, ipa)))
+            words[index] = pa | GUEST_PAGE
+            stage2.refcount[index >> _TABLE_SHIFT] += 1
+            self._record(make_event(Transition, ("host_donate_guest", pa, 1, vm.handle, ipa)))
         finally:
             self._drop()
 
@@ -195,6 +196,21 @@ class HostGuest(Ownership):
             states[counts == 0] = HOST_OWNED
             self._record(Transition("host_unshare_guest", pa, nr, vm.handle, ipa))
 
+    def _donate_with_tables(self, vm: GuestMemory, pfn: int, gfn: int) -> None:
+        """`host_donate_guest` of a page in RAM, if tables may be missing on the way to it."""
+        self._check_gfns(vm, gfn, 1)
+        page = pfn - self._first_pfn
+        self._check_states(page, 1, HOST_OWNED)
+        ipa, pa = gfn << PAGE_SHIFT, pfn << PAGE_SHIFT
+        entry, level = vm.stage2.leaf(ipa)
+        if entry:
+            raise self._gfn_taken(vm, gfn)
+        self._check_tables(vm, LAST_LEVEL - level)
+        self.host.take_page(pa, vm.annotation | gfn << ANNOTATION_GFN_SHIFT)
+        self._state[page] = GUEST_OWNED
+        vm.stage2.put(ipa, pa | GUEST_PAGE)
+        self._record(Transition("host_donate_guest", pa, 1, vm.handle, ipa))
+
     def _donate(self, op: str, vm: GuestMemory, runs: _Donation) -> None:
         """Donate runs whose numbers are good: check the states and the tables, then do it."""
         order = np.argsort(runs.pfns)
@@ -211,7 +227,7 @@ class HostGuest(Ownership):
         self._check_tables(vm, missing_tables(vm.stage2, wanted))
 
         annotations = runs.gfns[order].astype(np.uint64) << np.uint64(ANNOTATION_GFN_SHIFT)
-        annotations += np.uint64(guest_annotation(vm.handle, 0))
+        annotations += np.uint64(vm.annotation)
         self.host.take_runs(pfns, annotations, 1 << ANNOTATION_GFN_SHIFT)
         self._mark(pages, GUEST_OWNED)
         for level, part in plan:

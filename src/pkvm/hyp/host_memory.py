@@ -202,16 +202,16 @@ class HostMemory:
         if first is None or other is None:
             self._take_anywhere(pa, annotation)
             return
-        words = self._words
+        words, refcount = self._words, self._refcount
         entry = words[first + page]
         words[first + page] = annotation
         if entry & VALID:
             self.host_bus.invalidate(pa)
             self._record(_make(Tlbi, (HOST_VMID, pa, "cpu")))
         elif not entry:
-            self._refcount[first >> _TABLE_SHIFT] += 1
+            refcount[first >> _TABLE_SHIFT] += 1
         words[other + page] = 0
-        self._refcount[other >> _TABLE_SHIFT] -= 1
+        refcount[other >> _TABLE_SHIFT] -= 1
         self.dma_bus.invalidate(pa)
         self._record(_make(Tlbi, (HOST_VMID, pa, "smmu")))
 

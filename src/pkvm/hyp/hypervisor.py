@@ -124,6 +124,7 @@ class Hypervisor:
         self.cpu = PhysicalCpu(
             engine, vector, exits, nonprotected, self.table, policy, recorder, timers
         )
+        self._take, self._drop = self.cpu.lock.acquire, self.cpu.lock.release
         ptrauth = has_ptrauth(engine)
         life = Lifecycle(self.mem, self.table, self.cpu, recorder, policy, ptrauth=ptrauth)
         donation = Donation(self.mem, engine, recorder)
@@ -148,34 +149,36 @@ class Hypervisor:
         not exist; VCPU_RUN more registers (`RunResult`). Takes any numbers; raises nothing for any
         of them. An exception is a bug of EL2's.
         """
-        if function_id & _FUNCTION_MASK == _VCPU_RUN:
+        function_id &= _FUNCTION_MASK
+        if function_id == _VCPU_RUN:
             try:
                 results = self.cpu.run(x1, x2, x3)
             except Refused as refused:
                 results = SMCCC_SUCCESS, self._refuse(HostCall.VCPU_RUN.name, refused)
             self._record(_RAN.get(results[1]) or _ran(results[1]))
             return results
-        function_id &= _FUNCTION_MASK
         entry = self._calls.get(function_id - HOST_CALL_BASE)
         if entry is None:
             why = f"function {function_id:#x} does not exist"
             self._record(Refusal("host_call", "function_id", 0, why))
             return SMCCC_NOT_SUPPORTED, 0
-        name, arity, handler = entry
+        name, arity, handler, done = entry
+        # Spelt out: every page that changes hands comes by here.
+        self._take()
         try:
-            with self.cpu.lock:
-                # Spelt out: every page that changes hands comes by here.
-                if arity == 3:
-                    result = handler(x1 & MASK64, x2 & MASK64, x3 & MASK64)
-                elif arity == 2:
-                    result = handler(x1 & MASK64, x2 & MASK64)
-                else:
-                    numbers = (x1, x2, x3, *more, *_NO_ARGUMENTS)[:arity]
-                    result = handler(*(number & MASK64 for number in numbers))
+            if arity == 3:
+                result = handler(x1 & MASK64, x2 & MASK64, x3 & MASK64)
+            elif arity == 2:
+                result = handler(x1 & MASK64, x2 & MASK64)
+            else:
+                numbers = (x1, x2, x3, *more, *_NO_ARGUMENTS)[:arity]
+                result = handler(*(number & MASK64 for number in numbers))
         except Refused as refused:
             result = self._refuse(name, refused)
+        finally:
+            self._drop()
         result = result or 0
-        self._record(make_event(HostHypercall, (name, result)))
+        self._record(make_event(HostHypercall, (name, result)) if result else done)
         return SMCCC_SUCCESS, result
 
     def _refuse(self, name: str, refused: Refused) -> int:

@@ -21,7 +21,6 @@ SP_EL1, ELR_EL1 and SPSR_EL1 from the page; the rest of the page counts if DIRTY
 
 from __future__ import annotations
 
-from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import (
     EC,
     EC_SHIFT,
@@ -55,6 +54,7 @@ from pkvm.hyp.abi import (
     VcpuFlag,
 )
 from pkvm.hyp.exits import ExitClass, nothing_but, request_of
+from pkvm.hyp.ownership import make_event
 from pkvm.hyp.reset import reset
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
@@ -62,7 +62,7 @@ from pkvm.machine.cpu.errors import EngineError
 
 X0 = HostVcpu.X >> 3
 PSTATE = HostVcpu.PSTATE >> 3
-_NR_X = 31
+_END_OF_X = X0 + 31
 _SP_EL0 = HostVcpu.SP_EL0 >> 3
 _PC = HostVcpu.PC >> 3
 _SP_EL1 = HostVcpu.SP_EL1 >> 3
@@ -79,7 +79,9 @@ _DIRTY, _DIRTY_X = int(VcpuFlag.DIRTY), int(VcpuFlag.DIRTY_X)
 _PENDING_EXCEPTION, _INCREMENT_PC = int(VcpuFlag.PENDING_EXCEPTION), int(VcpuFlag.INCREMENT_PC)
 _TRAP = int(ExitCode.TRAP)
 _NONPROTECTED = int(ExitClass.NONPROTECTED)
-_EXIT_CLASS, _PAGE_IS_CURRENT = Vcpu.index_of("exit_class"), Vcpu.index_of("page_is_current")
+_EXIT_CLASS, _PAGE_IS_CURRENT, _STARTED = (
+    Vcpu.index_of(name) for name in ("exit_class", "page_is_current", "started")
+)
 _EXIT_ESR, _EXIT_FAR, _EXIT_HPFAR = (
     Vcpu.index_of(name) for name in ("exit_esr", "exit_far", "exit_hpfar")
 )
@@ -94,14 +96,20 @@ _PSTATE_BITS = (
 _SPSR_BITS = 0xFFFF_FFFF
 _ABORTS = (int(EC.IABT_LOW), int(EC.DABT_LOW))
 _WRITE_FAULT = EC.DABT_LOW << EC_SHIFT | IL | WNR | FSC_TRANSLATION + LAST_LEVEL
-_REASONS: dict[int, str] = {
-    EC.WFX: "wfx",
-    EC.HVC64: "hvc",
-    EC.SMC64: "smc",
-    EC.SYS64: "sysreg",
-    EC.IABT_LOW: "iabt",
-    EC.DABT_LOW: "dabt",
+_REASONS: dict[int, tuple[str, bool]] = {
+    EC.WFX: ("wfx", False),
+    EC.HVC64: ("hvc", False),
+    EC.SMC64: ("smc", False),
+    EC.SYS64: ("sysreg", False),
+    EC.IABT_LOW: ("iabt", True),
+    EC.DABT_LOW: ("dabt", True),
 }
+"""By exception class: `GuestExit.reason`, and whether it is about an address."""
+_OTHER = ("trap", False)
+
+
+Trap = tuple[int, int, int, int, int, int]
+"""`CpuEngine.trap_state`."""
 
 
 class NonProtected:
@@ -109,6 +117,7 @@ class NonProtected:
 
     def __init__(self, engine: CpuEngine, recorder: Recorder) -> None:
         self._engine = engine
+        self._x = engine.x
         self._record = recorder.record
         self.results = nothing_but(ExitCode.IRQ)
         """VCPU_RUN's registers from X0 on, for the last exit."""
@@ -121,43 +130,42 @@ class NonProtected:
     def enter(self, vcpu: Vcpu, flags: int) -> bool:
         """Take what the host has for the vCPU. False if its PSTATE is not one of EL1 or EL0 in
         AArch64 state; nothing has changed then."""
-        page, words = vcpu.page, vcpu.words
-        engine = self._engine
-        if flags & _DIRTY or not vcpu.started:
-            pstate = page[PSTATE] & _PSTATE_BITS
-            if pstate & PSTATE_MODE_MASK not in _MODES:
+        words = vcpu.words
+        if flags & _DIRTY or not words[_STARTED]:
+            if not self._take_page(vcpu, flags):
                 return False
-            whole = not vcpu.started or vcpu.page_is_current == WHOLE
-            if not vcpu.started:
-                reset(engine, vcpu)
-            engine.x[:_NR_X] = page[X0 : X0 + _NR_X]
-            engine.pc = page[_PC]
-            engine.pstate = pstate
-            if whole:
-                self._take_banked(vcpu)
-            if whole and flags & _DIRTY:
-                self._take_rest(vcpu)
         elif flags & _DIRTY_X:
-            engine.x[:_NR_X] = page[X0 : X0 + _NR_X]
+            self._engine.x[:] = vcpu.page[X0:_END_OF_X]
         words[_PAGE_IS_CURRENT] = 0
         trapped = words[_EXIT_CLASS] == _NONPROTECTED
         words[_EXIT_CLASS] = 0
         if flags & _PENDING_EXCEPTION and trapped:
             if vcpu.exit_esr >> EC_SHIFT in _ABORTS:
-                inject.external_abort(engine, vcpu.exit_esr, vcpu.exit_far)
+                inject.external_abort(self._engine, vcpu.exit_esr, vcpu.exit_far)
             else:
-                inject.undefined(engine)
+                inject.undefined(self._engine)
         elif flags & _INCREMENT_PC:
-            engine.pc = (engine.pc + 4) & MASK64
+            self._engine.skip_instruction()
         return True
 
-    def exit_trap(self, vcpu: Vcpu, esr: int) -> None:
+    def exit_trap(self, vcpu: Vcpu, trap: Trap) -> None:
         """Exit to the host with everything."""
-        self._exit(vcpu, esr, *self._engine.exit_state()[3:])
+        words, page = vcpu.words, vcpu.page
+        page[X0:_END_OF_X] = self._x
+        esr, page[_PC], pstate, page[_SCTLR], far, hpfar = trap
+        page[PSTATE] = pstate
+        words[_PAGE_IS_CURRENT] = _SHOWN
+        words[_EXIT_CLASS] = _NONPROTECTED
+        words[_EXIT_ESR], words[_EXIT_FAR], words[_EXIT_HPFAR] = esr, far, hpfar
+        self.results = (SMCCC_SUCCESS, _TRAP, esr, 0, far, hpfar, pstate, 0)
+        reason, is_abort = _REASONS.get(esr >> EC_SHIFT, _OTHER)
+        ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if is_abort else NO_ADDRESS
+        self._record(make_event(GuestExit, (vcpu.handle, vcpu.index, reason, esr, ipa)))
 
     def exit_fault(self, vcpu: Vcpu, ipa: int) -> None:
         """Exit to the host as for a write to the page at `ipa`, which is not there (facts §6.5)."""
-        self._exit(vcpu, _WRITE_FAULT, 0, ipa_to_hpfar(ipa))
+        _, pc, pstate, sctlr, _, _ = self._engine.trap_state()
+        self.exit_trap(vcpu, (_WRITE_FAULT, pc, pstate, sctlr, 0, ipa_to_hpfar(ipa)))
 
     def request(self, vcpu: Vcpu, kind: HypRequest, npages: int, ipa: int = 0) -> None:
         """Exit to the host for something that EL2 needs."""
@@ -171,17 +179,6 @@ class NonProtected:
         vcpu.exit_class = ExitClass.ILLEGAL
         self._record(GuestExit(vcpu.handle, vcpu.index, "illegal", 0))
 
-    def _exit(self, vcpu: Vcpu, esr: int, far: int, hpfar: int) -> None:
-        words = vcpu.words
-        words[_EXIT_CLASS] = _NONPROTECTED
-        words[_EXIT_ESR], words[_EXIT_FAR], words[_EXIT_HPFAR] = esr, far, hpfar
-        pstate = self._show(vcpu)
-        self.results = (SMCCC_SUCCESS, _TRAP, esr, 0, far, hpfar, pstate, 0)
-        ec = esr >> EC_SHIFT
-        ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if ec in _ABORTS else NO_ADDRESS
-        reason = _REASONS.get(ec, "trap")
-        self._record(GuestExit(vcpu.handle, vcpu.index, reason, esr, ipa))
-
     def exit_irq(self, vcpu: Vcpu) -> None:
         """Exit to the host for an interrupt: nothing is written."""
         self.results = nothing_but(ExitCode.IRQ)
@@ -193,10 +190,10 @@ class NonProtected:
         stays as it is."""
         if vcpu.page_is_current == WHOLE:
             return
+        engine, page = self._engine, vcpu.page
         if not vcpu.page_is_current:
-            self._show(vcpu)
-        engine = self._engine
-        page = vcpu.page
+            page[X0:_END_OF_X] = engine.x
+            _, page[_PC], page[PSTATE], page[_SCTLR], _, _ = engine.trap_state()
         page[_SP_EL0] = engine.sp(0)
         page[_SP_EL1] = engine.sp(1)
         page[_ELR_EL1] = engine.elr_el1()
@@ -207,17 +204,23 @@ class NonProtected:
         page[_FP : _FP + _FP_WORDS] = memoryview(engine.fp_registers()).cast("Q")
         vcpu.page_is_current = WHOLE
 
-    def _show(self, vcpu: Vcpu) -> int:
-        """Put into the host's page what serving an exit takes. Returns PSTATE."""
-        engine = self._engine
-        page = vcpu.page
-        pstate = engine.pstate
-        page[X0 : X0 + _NR_X] = engine.x[:_NR_X]
-        page[_PC] = engine.pc
-        page[PSTATE] = pstate
-        page[_SCTLR] = engine.exit_state()[2]
-        vcpu.words[_PAGE_IS_CURRENT] = _SHOWN
-        return pstate
+    def _take_page(self, vcpu: Vcpu, flags: int) -> bool:
+        """Take registers from the host's page: all, if all of it was current. False as `enter`."""
+        page, engine = vcpu.page, self._engine
+        pstate = page[PSTATE] & _PSTATE_BITS
+        if pstate & PSTATE_MODE_MASK not in _MODES:
+            return False
+        whole = not vcpu.started or vcpu.page_is_current == WHOLE
+        if not vcpu.started:
+            reset(engine, vcpu)
+        engine.x[:] = page[X0:_END_OF_X]
+        engine.pc = page[_PC]
+        engine.pstate = pstate
+        if whole:
+            self._take_banked(vcpu)
+        if whole and flags & _DIRTY:
+            self._take_rest(vcpu)
+        return True
 
     def _take_banked(self, vcpu: Vcpu) -> None:
         engine = self._engine

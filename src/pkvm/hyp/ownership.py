@@ -62,6 +62,11 @@ class GuestMemory(Protocol):
         ...
 
     @property
+    def annotation(self) -> int:
+        """What stands in the host's stage-2 for its page at frame 0: `guest_annotation`."""
+        ...
+
+    @property
     def stage2(self) -> Stage2:
         """The guest's stage-2, made by `MemProtect.new_guest_stage2`."""
         ...

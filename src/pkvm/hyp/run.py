@@ -144,10 +144,15 @@ class PhysicalCpu:
                 vcpu = self.loaded()
             isolated, words = vcpu.vm.isolated, vcpu.words
             kind = words[_EXIT_CLASS]
-            # The usual case, without another call.
-            if isolated and vcpu is self._ready and words[_POWER] == _ON and kind != _ILLEGAL:
+            # The usual cases, without another call.
+            if vcpu is not self._ready or kind == _ILLEGAL or (isolated and words[_POWER] != _ON):
+                entered = self._enter(vcpu, flags, x0)
+            elif isolated:
                 self._exits.accept(vcpu, kind, flags, x0)
-            elif not self._enter(vcpu, flags, x0):
+                entered = True
+            else:
+                entered = self._nonprotected.enter(vcpu, flags) or self._bad_pstate(vcpu)
+            if not entered:
                 return nothing_but(ExitCode.ILLEGAL)
             if nr_lrs or self._vgic.loaded:
                 self._vgic.load(vcpu, nr_lrs)
@@ -242,9 +247,10 @@ class PhysicalCpu:
         if vcpu.exit_class == ExitClass.ILLEGAL:
             return self._cannot_run(vcpu, "illegal", "its last exit was illegal")
         self._switch_to(vcpu)
-        if not self._nonprotected.enter(vcpu, flags):
-            return self._cannot_run(vcpu, "pstate", "its PSTATE is not of EL1 or EL0 in AArch64")
-        return True
+        return self._nonprotected.enter(vcpu, flags) or self._bad_pstate(vcpu)
+
+    def _bad_pstate(self, vcpu: Vcpu) -> bool:
+        return self._cannot_run(vcpu, "pstate", "its PSTATE is not of EL1 or EL0 in AArch64")
 
     def _cannot_run(self, vcpu: Vcpu, check: str, why: str) -> bool:
         self._record(Refusal("vcpu_run", check, 0, f"vCPU {vcpu.index}: {why}", vcpu.handle))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.esr import EC, EC_SHIFT, SYS64_READ
+from pkvm.arm64.registers import PSTATE_NRW
 from pkvm.arm64.smccc import NOT_SUPPORTED
 from pkvm.events import GuestHypercall, GuestTrap, Recorder, Refusal
 from pkvm.hyp import inject
@@ -91,14 +92,19 @@ class Vector:
 
     def _make_exposing_vector(self, vcpu: Vcpu) -> Callable[[], bool]:
         """The vector while the protected `vcpu`, whose registers are the host's to see, is on the
-        CPU."""
-        engine, handlers = self._engine, self._exposed
+        CPU. Each page that the guest touches for the first time comes here as a data abort."""
+        state, to_host = self._engine.trap_state, self._nonprotected.exit_trap
+        handlers, data_abort = self._exposed, int(EC.DABT_LOW)
 
         def vector() -> bool:
-            if self._is_aarch32():
+            trap = state()
+            esr, _, pstate, _, _, _ = trap
+            if pstate & PSTATE_NRW:
                 return self._drop(vcpu, _AARCH32)
-            esr = engine.esr_el2
-            return handlers[esr >> EC_SHIFT](vcpu, esr)
+            if esr >> EC_SHIFT != data_abort:
+                return handlers[esr >> EC_SHIFT](vcpu, esr)
+            to_host(vcpu, trap)
+            return False
 
         return vector
 
@@ -235,7 +241,7 @@ class Vector:
     # Non-protected
 
     def _to_host(self, vcpu: Vcpu, esr: int) -> bool:
-        self._nonprotected.exit_trap(vcpu, esr)
+        self._nonprotected.exit_trap(vcpu, self._engine.trap_state())
         return False
 
     def _sys64_open(self, vcpu: Vcpu, esr: int) -> bool:

@@ -7,6 +7,7 @@ The VM's numbers lie in the page that the host donated for it. A handle is
 
 from __future__ import annotations
 
+from pkvm.arm64.stage2 import guest_annotation
 from pkvm.hyp.abi import HANDLE_BASE, MAX_VMS, VM_AREA_BYTES
 from pkvm.hyp.area import Area, Word
 from pkvm.hyp.errors import Errno, HypBug, Refused
@@ -50,6 +51,7 @@ class Vm(Area):
     ) -> None:
         super().__init__(memory, area_pa, VM_AREA_BYTES)
         self.handle = handle
+        self.annotation = guest_annotation(handle, 0)
         self.protected = protected
         self.isolated = isolated
         """Protected, and EL2 keeps the vCPUs' registers (`policy.Isolation`)."""

@@ -43,10 +43,8 @@ class RealClock:
     """The monotonic clock of the computer pkvm runs on, which CNTVCT_EL0 counts as well."""
 
     virtual = False
-
-    def now_ns(self) -> int:
-        """Nanoseconds of CLOCK_MONOTONIC."""
-        return time.monotonic_ns()
+    now_ns = staticmethod(time.monotonic_ns)
+    """Nanoseconds of CLOCK_MONOTONIC."""
 
 
 class VirtualClock:

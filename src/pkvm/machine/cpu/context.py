@@ -35,8 +35,9 @@ _CPSR_WRITE_RAW = 2
 _AARCH64_MODES = (reg.PSTATE_EL0T, reg.PSTATE_EL1T, reg.PSTATE_EL1H)
 _AARCH32_USER = reg.PSTATE_NRW
 _FOUR = struct.Struct("<4Q")
-_PSTATE = struct.Struct("<2I184x4I16xI4xQ")
-"""From `pstate` on: PSTATE's rest, nRW inverted, C, V (bit 31), N (bit 31), not Z, BTYPE, DAIF."""
+_BIT_31 = 1 << 31
+_TRAP = "<Q2I184x4I16xI4xQ"
+"""From PC on: itself, PSTATE's rest, nRW inverted, C, V and N (bit 31), not Z, BTYPE, DAIF."""
 
 
 def _exit_struct(layout: UnicornLayout) -> struct.Struct:
@@ -45,6 +46,14 @@ def _exit_struct(layout: UnicornLayout) -> struct.Struct:
     sctlr, far = layout.sctlr_el + 8, layout.far_el + 16
     gaps = (sctlr - layout.pstate - 8, far - sctlr - 8, layout.hpfar_el2 - far - 8)
     return struct.Struct("<II{}xQ{}xQ{}xQ".format(*gaps))
+
+
+def _trap_struct(layout: UnicornLayout) -> struct.Struct:
+    """What `_TRAP` says, SCTLR_EL1, ESR_EL2, FAR_EL2, HPFAR_EL2, counted from PC on."""
+    sctlr, esr, far = layout.sctlr_el + 8, layout.esr_el + 16, layout.far_el + 16
+    end = layout.pc + struct.calcsize(_TRAP)
+    gaps = (sctlr - end, esr - sctlr - 8, far - esr - 8, layout.hpfar_el2 - far - 8)
+    return struct.Struct(_TRAP + "{}xQ{}xQ{}xQ{}xQ".format(*gaps))
 
 
 class CpuContext:
@@ -87,6 +96,7 @@ class CpuContext:
         self._sp_word = (layout.xregs >> 3) + 31
         self.syndrome = partial(self._words.__getitem__, (layout.esr_el >> 3) + 2)
         self.exit_state = partial(_exit_struct(layout).unpack_from, self._state, layout.pstate)
+        self._trap_pieces = partial(_trap_struct(layout).unpack_from, self._state, layout.pc)
         self._esr_el2_word = (layout.esr_el >> 3) + 2
         self._far_el2_word = (layout.far_el >> 3) + 2
         self._hpfar_word = layout.hpfar_el2 >> 3
@@ -144,13 +154,7 @@ class CpuContext:
     @property
     def pstate(self) -> int:
         """PSTATE in SPSR_ELx form; bit 4 is set in AArch32 state."""
-        pstate, aarch64, carry, overflow, negative, zero, btype, daif = _PSTATE.unpack_from(
-            self._state, self._layout.pstate
-        )
-        if not aarch64:
-            return int(self._library.cpsr_read(self._addresses.env))
-        pstate |= negative & 1 << 31 | carry << 29 | overflow >> 31 << 28 | btype << 10 | daif
-        return int(pstate if zero else pstate | 1 << 30)
+        return self.trap_state()[2]
 
     @pstate.setter
     def pstate(self, value: int) -> None:
@@ -168,6 +172,26 @@ class CpuContext:
             self._write_register(arm64_const.UC_ARM64_REG_PSTATE, value)
             self._words[self._sp_word] = self._words[self._current_bank()]
         self._library.arm_rebuild_hflags(env)
+
+    def trap_state(self) -> tuple[int, int, int, int, int, int]:
+        """`CpuEngine.trap_state`."""
+        (pc, pstate, aarch64, carry, overflow, negative, zero, btype, daif,
+         sctlr, esr, far, hpfar) = self._trap_pieces()  # fmt: skip
+        if not aarch64:
+            pstate = int(self._library.cpsr_read(self._addresses.env))
+            return esr, pc, pstate, sctlr, far, hpfar
+        pstate |= daif
+        if negative >= _BIT_31:
+            pstate |= _BIT_31
+        if not zero:
+            pstate |= 1 << 30
+        if carry:
+            pstate |= 1 << 29
+        if overflow >= _BIT_31:
+            pstate |= 1 << 28
+        if btype:
+            pstate |= btype << 10
+        return esr, pc, pstate, sctlr, far, hpfar
 
     def sp(self, el: int) -> int:
         """SP_EL0 or SP_EL1."""

@@ -49,7 +49,7 @@ class CpuEngine(Protocol):
     """One physical CPU; see the module's text for the contract."""
 
     x: memoryview[int]
-    """X0-X30 as unsigned 64-bit numbers, 31 entries or more. XZR is not stored: index < 31."""
+    """X0-X30 as unsigned 64-bit numbers, 31 entries: XZR is not stored."""
 
     vector: Callable[[], bool]
     """EL2's exception vector; EL2 sets it while no guest runs. Must not raise: an exception raised
@@ -110,6 +110,11 @@ class CpuEngine(Protocol):
         """What an exit is about, in one read: a word whose low four bits are PSTATE.M[3:0], whether
         in AArch64 state (0 or 1), SCTLR_EL1, FAR_EL2, HPFAR_EL2. In AArch32 state the first says
         nothing."""
+        ...
+
+    def trap_state(self) -> tuple[int, int, int, int, int, int]:
+        """What a host that sees a vCPU's registers is shown of a trap beside X0-X30, in one read:
+        ESR_EL2, PC, PSTATE in SPSR form, SCTLR_EL1, FAR_EL2, HPFAR_EL2."""
         ...
 
     def args(self) -> tuple[int, int, int, int]:
