@@ -257,7 +257,7 @@ def test_real_deadline_leaves_the_guest_and_is_not_early() -> None:
     assert guest.run() == ExitCode.IRQ
     assert el2.ticks >= el2.engine.x[1]
     assert el2.timer(guest) == 1
-    waits = Guest(el2, [*program(62_500), *WAIT])
+    waits = Guest(el2, [*program(3_125_000), *WAIT])
     assert waits.run() == ExitCode.TRAP
     due = el2.engine.x[1]
     assert other.run() == ExitCode.IRQ
