@@ -30,6 +30,7 @@ from pkvm.cli.terminal import OutputClosed, OutputError
 VERBS = {
     "run": "run a guest as a protected VM; without an image, the demonstration",
     "info": "what this host offers",
+    "compare": "run scenarios on the model and on a real kernel, and say where they differ",
     "ptdump": "run a guest and print the stage-2 tables in words",
 }
 
