@@ -108,3 +108,13 @@ def test_a_broken_record_is_refused_in_words(text: str, words: str) -> None:
 def test_an_unknown_topic_is_refused_in_words(kvm: Kvm) -> None:
     with pytest.raises(runner.UnknownTopicError, match="no topic 'nothing'; there are vm_types"):
         runner.run(kvm, ("nothing",))
+
+
+def test_every_topic_runs_on_the_model_to_its_end(kvm: Kvm) -> None:
+    rows = runner.run(kvm, seconds=30)
+    assert [row for row in rows if row.call == "scenario"] == []
+    for topic in TOPICS:
+        assert runner.title(topic)
+        assert sum(row.topic == topic for row in rows) >= 10
+        names = [name for name, _ in runner.scenarios(topic)]
+        assert any(name.startswith("good_") for name in names)

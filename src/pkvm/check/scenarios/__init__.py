@@ -10,7 +10,8 @@ what they see. Standard library only: an arm64 host may have neither numpy nor U
 from __future__ import annotations
 
 TOPICS = (
-    "vm_types",
+    "vm_types", "memory_slots", "vcpus", "secondary_start", "psci", "smccc", "sysregs", "one_reg",
+    "events",
 )  # fmt: skip
 """The topics, by the names of their modules, in the order of a run."""
 PREFIXES = ("good_", "bad_")

@@ -138,6 +138,20 @@ class Bench:
         self.record(call, arguments, outcome)
         return value
 
+    def ioctl(
+        self,
+        call: str,
+        arguments: str,
+        fd: int,
+        request: int,
+        argument: int | bytearray = 0,
+        show: Callable[[int], str | Outcome] | None = None,
+    ) -> int | None:
+        """An ioctl that no method is for: recorded under its name. `argument` is written back."""
+        return self.call(
+            call, arguments, lambda: self.kvm.kernel.ioctl(fd, request, argument), show
+        )
+
     def memory(self, name: str, pages: int) -> Memory:
         """Anonymous memory of `pages` pages; the host's addresses in it are called after `name`."""
         memory = self.kvm.mmap(pages * PAGE)
