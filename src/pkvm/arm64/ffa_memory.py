@@ -92,6 +92,9 @@ _CONSTITUENT = struct.Struct("<QI4x")
 COMPOSITE_BYTES = _COMPOSITE.size
 CONSTITUENT_BYTES = _CONSTITUENT.size
 
+PARTITION_INFO_1_0_BYTES = 8
+"""Of each partition in PARTITION_INFO_GET's answer in FF-A 1.0; later the answer says it."""
+
 PERMISSION_RO = 1
 PERMISSION_RW = 2
 """Data access in an endpoint's permissions."""
@@ -172,3 +175,10 @@ def write_transaction(
     parts.append(_COMPOSITE.pack(sum(item.page_count for item in ranges), len(ranges)))
     parts.append(write_constituents(ranges))
     return b"".join(parts)
+
+
+def write_retrieval(version: int, handle: int) -> bytes:
+    """A hypervisor's MEM_RETRIEVE_REQ: which transaction's descriptors it wants."""
+    return write_transaction(version, [], receivers=[], handle=handle)[
+        : format_of(version).header_bytes
+    ]

@@ -68,3 +68,11 @@ class Affinity(IntEnum):
 def is_psci(function: int) -> bool:
     """Whether a 32-bit function id lies in PSCI's part of the standard service range."""
     return function & 0xBFFF_FFE0 == 0x8400_0000
+
+
+def function_name(function: int) -> str:
+    """The id's own name in lower case ("cpu_on_64"), or its number in hex: for the record."""
+    try:
+        return Function(function).name.lower()
+    except ValueError:
+        return f"{function:#010x}"

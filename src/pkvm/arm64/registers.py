@@ -184,6 +184,9 @@ def hcr(*names: str) -> int:
     return word
 
 
+HOST_HCR = hcr("RW", "API", "APK", "TSC", "VM")
+"""HCR_EL2 while a host runs that is behind stage-2 (facts §A): its SMCs trap."""
+
 MDCR = Layout(
     "MDCR_EL2",
     Field("TPMCR", 5, 5),
@@ -202,6 +205,8 @@ CPTR_TTA = 1 << 20
 
 SCTLR_EL1_RESET = 0x00C5_0078
 """KVM's reset value (facts §6.1): MMU and caches off, little-endian."""
+SCTLR_EL1_MMU_OFF = 0x3050_0800
+"""What a kernel's CPU starts with: the MMU and the caches off, RES1 bits set, little-endian."""
 SCTLR_EE = 1 << 25
 SCTLR_E0E = 1 << 24
 SCTLR_SPAN = 1 << 23

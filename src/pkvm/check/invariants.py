@@ -70,6 +70,7 @@ def check_hyp(
     with hyp.cpu.lock, hyp.mem.lock:
         vms = hyp.table.vms()
         view = View(hyp.mem, vms, secure, scratch)
+        view.buffers = hyp.host_buffers()
         problems = _broken(view)
         for rule in HYP_RULES:
             problems += islice(rule(view, vms), MAX_PROBLEMS)

@@ -17,9 +17,10 @@ from pkvm.hyp.vmemmap import HOST_SHARED_WITH_HYP
 
 def pinned(view: View, vms: Sequence[Vm]) -> Iterator[str]:
     """P12: a host page that EL2 reads is shared with it, and pinned once for each VM and vCPU that
-    it stands for; no other page is pinned."""
+    it stands for, or as a message buffer; no other page is pinned."""
     base = view.mem.memory.ram_base
     windows = [vm.host_pa for vm in vms] + [vcpu.host_pa for vm in vms for vcpu in _vcpus(vm)]
+    windows += view.buffers
     expected: dict[int, int] = {}
     for pa in windows:
         page = (pa - base) >> PAGE_SHIFT

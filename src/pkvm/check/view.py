@@ -117,6 +117,8 @@ class View:
         memory = mem.memory
         self.mem = mem
         self.vms = list(vms)
+        self.buffers: tuple[int, ...] = ()
+        """PAs of the host's message buffers, which EL2 has pinned besides the VMs' pages."""
         self.secure = np.array(list(secure), np.int64) - (memory.ram_base >> PAGE_SHIFT)
         self.npages = mem.vmemmap.npages
         scratch = scratch or Scratch()

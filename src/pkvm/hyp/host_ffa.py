@@ -32,11 +32,21 @@ class HostFfa(Ownership):
     def host_unshare_ffa(self, pfn: int, nr: int) -> None:
         """The secure world has given `nr` pages back."""
         with self.lock:
-            page = self._ram_pages(pfn, nr)
-            self._check_states(page, nr, HOST_SHARED)
-            lent = self.vmemmap.share_counts[page : page + nr] != 0
-            if lent.any():
-                pa = pfn + int(np.argmax(lent)) << PAGE_SHIFT
-                raise Refused(Errno.EPERM, "share_count", "the page is lent to guests", pa=pa)
+            page = self._shared_ffa(pfn, nr)
             self.vmemmap.states[page : page + nr] = HOST_OWNED
             self._record(Transition("host_unshare_ffa", pfn << PAGE_SHIFT, nr))
+
+    def host_check_shared_ffa(self, pfn: int, nr: int) -> None:
+        """Refuse what `host_unshare_ffa` would refuse; nothing changes."""
+        with self.lock:
+            self._shared_ffa(pfn, nr)
+
+    def _shared_ffa(self, pfn: int, nr: int) -> int:
+        """Page number of the first of `nr` pages that the host may unshare."""
+        page = self._ram_pages(pfn, nr)
+        self._check_states(page, nr, HOST_SHARED)
+        lent = self.vmemmap.share_counts[page : page + nr] != 0
+        if lent.any():
+            pa = pfn + int(np.argmax(lent)) << PAGE_SHIFT
+            raise Refused(Errno.EPERM, "share_count", "the page is lent to guests", pa=pa)
+        return page

@@ -78,6 +78,7 @@ _INDEX_MASK = TABLE_ENTRIES - 1
 _make = tuple.__new__
 """An event, as its class makes it, but without another Python call: see `ownership`."""
 _SPARE_PAGES = 16
+"""Among them FF-A's two message buffers."""
 _MMIO_BYTES = BLOCK_1G
 
 

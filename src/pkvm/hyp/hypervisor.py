@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`Hypervisor`: EL2 as a whole, with its three doors.
+"""`Hypervisor`: EL2 as a whole, with its four doors.
 
 * `host_call`, the host's HVC;
+* `host_smc`, the host's SMC, which traps (`host_smc`);
 * the host's stage-2 faults, which its bus brings to `MemProtect.host_abort`;
 * guests' exceptions, which the engine brings to `Vector.take`, inside VCPU_RUN.
 
@@ -11,9 +12,10 @@ gets a negative errno, and the record the reason in words.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pkvm.arm64.bits import MASK64
+from pkvm.arm64.registers import HOST_HCR
 from pkvm.arm64.smccc import SVE_HINT
 from pkvm.events import HostHypercall, Recorder, Refusal
 from pkvm.hyp.abi import (
@@ -42,7 +44,12 @@ from pkvm.hyp.vector import Vector
 from pkvm.hyp.vm import Vm, VmTable
 from pkvm.machine.alarms import Alarm
 from pkvm.machine.cpu.engine import CpuEngine
+from pkvm.machine.host_cpus import HostCpu, HostCpus
 from pkvm.machine.memory import PhysicalMemory
+
+if TYPE_CHECKING:
+    from pkvm.arm64.ffa import Registers
+    from pkvm.hyp.host_smc import HostSmcs
 
 _FUNCTION_MASK = MASK64 & ~SVE_HINT
 _NO_ARGUMENTS = (0,) * 8
@@ -61,6 +68,7 @@ class Hardware(Protocol):
     """What EL2 needs of the machine; `pkvm.machine.machine.Machine` is one."""
 
     memory: PhysicalMemory
+    host_cpus: HostCpus
 
     @property
     def engine(self) -> CpuEngine:
@@ -79,6 +87,10 @@ class Hardware(Protocol):
 
     def new_timer(self) -> Alarm:
         """A timer of EL2's, which interrupts the host."""
+        ...
+
+    def el3(self, cpu: HostCpu, registers: Registers) -> Registers:
+        """An SMC of EL2's on this CPU: X0-X17 afterwards, none if it does not return."""
         ...
 
 
@@ -102,6 +114,9 @@ class Hypervisor:
         policy: Policy = RFC,
     ) -> None:
         engine = machine.engine
+        self._machine = machine
+        self._recorder = recorder
+        self._smcs: HostSmcs | None = None
         self._record = recorder.record
         self.mem = MemProtect(
             machine.memory,
@@ -134,6 +149,26 @@ class Hypervisor:
         """Take EL2's memory, and put the host and the devices behind stage-2."""
         self.mem.initialise()
         self.mem.finalise()
+        if self.mem.protected:
+            cpus = self._machine.host_cpus
+            cpus.boot.hcr_el2 = HOST_HCR
+            cpus.trap = self.host_smc
+
+    def host_smc(self, cpu: HostCpu, registers: Registers, immediate: int) -> Registers:
+        """The host's SMC #`immediate` on `cpu` with X0-X17 as given: the registers afterwards,
+        none if the call does not return. Takes any 64-bit numbers; raises nothing for any of
+        them. An exception is a bug of EL2's."""
+        if self._smcs is None:
+            # Imported here: most hosts never make an SMC.
+            from pkvm.hyp.host_smc import HostSmcs
+
+            machine = self._machine
+            self._smcs = HostSmcs(self.mem, machine.host_cpus, machine.el3, self._recorder)
+        return self._smcs.call(cpu, registers, immediate)
+
+    def host_buffers(self) -> tuple[int, ...]:
+        """PAs of the pages that EL2 has pinned for the host's FF-A messages."""
+        return () if self._smcs is None else self._smcs.ffa.host_buffers
 
     def vms(self) -> list[Vm]:
         """Every VM that EL2 has, for those who check its state."""

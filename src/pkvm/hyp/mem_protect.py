@@ -161,6 +161,11 @@ class MemProtect(
         with self.lock:
             return self.host.abort(ipa, access, fsc)
 
+    def write_shared(self, pa: int, data: bytes) -> None:
+        """Write into a page that the host shares with EL2, which has it pinned."""
+        self.memory.write(pa, data)
+        self._invalidate_code(pa, len(data))
+
     @property
     def pgd_bytes(self) -> int:
         """Bytes of a guest's stage-2 root, which is also its alignment."""

@@ -121,6 +121,11 @@ class Machine:
             self._firmware = Firmware(self.host_cpus, secure)
         return self._firmware
 
+    @property
+    def has_firmware(self) -> bool:
+        """Whether anybody has called the firmware: before, it holds nothing."""
+        return self._firmware is not None
+
     def smc(self, registers: Registers, immediate: int = 0, cpu: int = 0) -> Registers:
         """The SMC instruction at EL1 of host CPU number `cpu`: X0-X17 before and after; none after
         if it does not return. Raises ValueError for a CPU without power."""

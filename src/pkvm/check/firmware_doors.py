@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What must hold at the doors to firmware: no CPU and no secure world is a way round EL2.
+
+P15: a CPU on which the host runs has the host's stage-2 in force, and traps its
+SMCs. P16: whatever the secure world was given is the host's, marked as shared
+with it. Both look at the machine and not at what EL2 believes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pkvm.arm64.psci import Affinity
+from pkvm.arm64.registers import hcr
+from pkvm.arm64.stage2 import PAGE_SHIFT, VALID
+from pkvm.hyp.hypervisor import Hypervisor
+from pkvm.hyp.mem_protect import MemProtect
+from pkvm.hyp.vmemmap import HOST_SHARED
+from pkvm.machine.host_cpus import HostCpu
+from pkvm.machine.machine import Machine
+from pkvm.machine.stage2 import Stage2Context
+
+_MUST = hcr("VM", "TSC")
+
+
+def check_doors(hyp: Hypervisor, machine: Machine) -> list[str]:
+    """What is wrong, in words, each with the property that it breaks. Takes EL2's lock."""
+    mem = hyp.mem
+    if not mem.protected:
+        return []
+    with mem.lock:
+        problems = [text for cpu in machine.host_cpus.cpus for text in _cpu(mem, cpu)]
+        if machine.has_firmware:
+            problems += _secure(mem, machine.firmware.secure.grants.pages())
+        return problems
+
+
+def _cpu(mem: MemProtect, cpu: HostCpu) -> Iterator[str]:
+    if cpu.power != Affinity.ON or cpu.suspended:
+        return
+    if cpu.el != 1 or cpu.hcr_el2 & _MUST != _MUST:
+        yield f"P15: host CPU {cpu.index} runs at EL{cpu.el} with HCR_EL2 {cpu.hcr_el2:#x}"
+    if cpu.bus.context != Stage2Context(mem.host.stage2.vttbr, mem.host.stage2.vtcr):
+        yield f"P15: host CPU {cpu.index} is not behind the host's stage-2"
+        return
+    for entry in cpu.bus.tlb_entries():
+        for page in range(entry.ipa, entry.ipa + entry.size, 1 << PAGE_SHIFT):
+            now, _ = mem.host.stage2.leaf(page)
+            if not now & VALID and now:
+                yield f"P9: the TLB of host CPU {cpu.index} still has {page:#x}"
+                break
+
+
+def _secure(mem: MemProtect, pfns: frozenset[int]) -> Iterator[str]:
+    first = mem.memory.ram_base >> PAGE_SHIFT
+    for pfn in sorted(pfns):
+        state = mem.vmemmap.state[pfn - first]
+        if state != HOST_SHARED or mem.vmemmap.share_count[pfn - first]:
+            yield (
+                f"P16: the secure world has PA {pfn << PAGE_SHIFT:#x}, whose record says {state:#x}"
+            )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""EL2s with one guard of the doors to firmware missing (`mutants` has those of registers).
+
+Each opens a way round EL2 that is known from the field or that the guard is
+there for; machines made while `weakened` lasts have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from pkvm.arm64 import registers
+from pkvm.arm64.psci import Function
+from pkvm.hyp import ffa, ffa_memory, host_smc, hypervisor
+from pkvm.hyp.ffa_memory import SecureSharing
+from pkvm.hyp.host_psci import PsciRelay
+from pkvm.machine.host_cpus import HostCpu
+
+Install = Callable[[ExitStack], None]
+
+
+@contextmanager
+def weakened(name: str) -> Iterator[None]:
+    """EL2 without the guard `name`, one of `FIRMWARE_MUTANTS`."""
+    with ExitStack() as stack:
+        FIRMWARE_MUTANTS[name](stack)
+        yield
+
+
+def _set(target: object, attribute: str, value: Any) -> Install:
+    def install(stack: ExitStack) -> None:
+        stack.enter_context(patch.object(target, attribute, value))
+
+    return install
+
+
+def _nothing(self: SecureSharing, ranges: ffa_memory.Ranges) -> None:
+    """A transition that is left out."""
+
+
+def _no_ownership(stack: ExitStack) -> None:
+    for name in ("share", "unshare", "check_shared"):
+        stack.enter_context(patch.object(SecureSharing, name, _nothing))
+
+
+def _hosts_entry(stack: ExitStack) -> None:
+    """Firmware gets the entry that the host asked for."""
+
+    def cpu_on(self: PsciRelay, cpu: HostCpu, mpidr: int, pc: int, x0: int) -> int:
+        result = self._firmware(cpu, Function.CPU_ON_64, mpidr, pc, x0)
+        return result or 0
+
+    stack.enter_context(patch.object(PsciRelay, "_cpu_on", cpu_on))
+
+
+def _later_fragments_pass(stack: ExitStack) -> None:
+    """Only a first fragment's ranges are looked at."""
+    stack.enter_context(patch.object(ffa, "more_ranges", lambda data: []))
+
+
+FIRMWARE_MUTANTS: dict[str, Install] = {
+    "the host's SMCs trap": _set(
+        hypervisor, "HOST_HCR", registers.HOST_HCR & ~registers.hcr("TSC")
+    ),
+    "a function id is canonical": _set(host_smc, "is_canonical", lambda x0, immediate: True),
+    "a CPU that starts enters EL2 first": _hosts_entry,
+    "the secure world is given what the host owns": _no_ownership,
+    "every fragment is looked at": _later_fragments_pass,
+    "memory is given by calls that EL2 follows": _set(ffa, "REFUSED", frozenset()),
+}
+"""By the guard that is missing."""
