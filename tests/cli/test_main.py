@@ -55,7 +55,7 @@ def test_every_verb_has_help_and_json(verb: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ([], "say what to do: run, info, ptdump"),
+        ([], "say what to do: run, info, "),
         (["fly"], "invalid choice: 'fly'"),
         (["run", "--fly"], "unrecognized arguments: --fly"),
         (["run", "--mem", "8M"], "unrecognized arguments: --mem"),

@@ -31,6 +31,7 @@ VERBS = {
     "run": "run a guest as a protected VM; without an image, the demonstration",
     "info": "what this host offers",
     "compare": "run scenarios on the model and on a real kernel, and say where they differ",
+    "testbed": "a machine with a real kernel in protected mode: make it, run commands in it",
     "ptdump": "run a guest and print the stage-2 tables in words",
 }
 
@@ -100,12 +101,17 @@ def _words(error: Exception) -> tuple[str, int]:
     from pkvm.fdt import FdtError
     from pkvm.firmware.image import FirmwareImageError
     from pkvm.machine.cpu.errors import EngineError
+    from pkvm.testbed.base import BedError, TimedOut
     from pkvm.trace.jsonl import TraceError
     from pkvm.vmm.errors import LoadError
 
     match error:
         case LoadError() | FdtError() | FirmwareImageError():
             return str(error), status.USAGE
+        case TimedOut():
+            return str(error), status.TIMEOUT
+        case BedError():
+            return str(error), status.FAILED
         case InvariantError():
             return str(error), status.BROKEN
         case MemoryError():

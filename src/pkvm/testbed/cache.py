@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PARTIAL = ".making-"
+
 
 def root() -> Path:
     """The cache's folder: PKVM_CACHE, or `pkvm` in XDG_CACHE_HOME or in ~/.cache.
@@ -39,10 +41,13 @@ def lock(folder: Path) -> Iterator[None]:
 def making(target: Path) -> Iterator[Path]:
     """A new folder to fill; it becomes `target` at the end, or goes if an error ends the block.
 
-    `target` must not exist; its parent is made if need be. Raises OSError.
+    `target` must not exist; its parent is made if need be, and whoever makes something there holds
+    a `lock`: what a process that was killed left half-made there goes now. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    for left in target.parent.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=target.parent))
     try:
         partial.chmod(0o755)
         yield partial

@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pkvm.testbed import cache
+from pkvm.testbed.child import die_with_parent
 
 ARCHITECTURE = "arm64"
 SUITES = ("trixie", "trixie-backports")
@@ -231,6 +232,7 @@ class Packages:
             cwd=folder,
             env={**os.environ, "LC_ALL": "C"},
             stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent(),
         )
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith(("E:", tool))]

@@ -59,6 +59,7 @@ class Archive:
 
     def __init__(self) -> None:
         self._entries: dict[str, bytes] = {}
+        self._files: dict[str, bytes] = {}
         self._inode = 0
 
     def folder(self, path: str, mode: int = 0o755) -> None:
@@ -70,7 +71,9 @@ class Archive:
     def file(self, path: str, data: bytes | str, mode: int = 0o644) -> None:
         """A file with these bytes, or this text in UTF-8."""
         content = data.encode() if isinstance(data, str) else data
-        self._add(self._enter(path), stat.S_IFREG | mode, content)
+        name = self._enter(path)
+        self._add(name, stat.S_IFREG | mode, content)
+        self._files[name] = content
 
     def link(self, path: str, target: str) -> None:
         """A symbolic link to `target`."""
@@ -79,6 +82,10 @@ class Archive:
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
         """A character device node."""
         self._add(self._enter(path), stat.S_IFCHR | mode, device=(major, minor))
+
+    def files(self) -> dict[str, bytes]:
+        """The content of every file so far, by its absolute path."""
+        return {f"/{name}": data for name, data in self._files.items()}
 
     def cpio(self) -> bytes:
         """The archive so far, with its end, uncompressed."""

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`pkvm testbed`: a machine with a real kernel in protected mode, emulated or by way of ssh."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pkvm.cli import options, status, terminal
+from pkvm.cli.keys import DEFAULT_ESCAPE, Command, Keys, key_name
+from pkvm.cli.session import RawMode
+from pkvm.testbed import qemu
+from pkvm.testbed.base import Bed, BedError, Terminal
+from pkvm.testbed.bed import TestBed
+from pkvm.testbed.ssh import SshBed
+from pkvm.testbed.store import KERNEL, Store
+from pkvm.vmm.errors import LoadError
+
+MIB = 1 << 20
+ACTIONS = {
+    "check": "start it and say what it is (what is done if nothing is said)",
+    "run": "run a command in it; its exit status is this one's",
+    "shell": "a prompt in it",
+    "make": "make it anew, from the newest packages",
+    "clean": "remove what is kept of it in the cache",
+}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """The verb's options, and those of its actions."""
+    _add_options(parser, {})
+    parser.set_defaults(action="check", put=[], get=[], timeout=None, stdin=False)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=False)
+    for name, words in ACTIONS.items():
+        action = actions.add_parser(name, help=words, description=words + ".")
+        # An action's own options must not undo those that stand before it.
+        _add_options(action, {"default": argparse.SUPPRESS})
+        if name == "run":
+            _add_run_options(action)
+
+
+def _add_options(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
+    group = parser.add_argument_group("machine")
+    machine = qemu.Machine()
+    group.add_argument(
+        "--kernel",
+        metavar="NAME",
+        help=f"a Debian series or the path of an arm64 Image (default {KERNEL})",
+        **({"default": KERNEL} | default),
+    )
+    group.add_argument(
+        "--qemu",
+        metavar="PROGRAM",
+        help=f"another QEMU (default {machine.program})",
+        **({"default": machine.program} | default),
+    )
+    group.add_argument(
+        "--cpu",
+        metavar="MODEL",
+        help=f"QEMU's CPU model (default {machine.cpu})",
+        **({"default": machine.cpu} | default),
+    )
+    group.add_argument(
+        "--smp",
+        metavar="N",
+        type=int,
+        help=f"CPUs (default {machine.cpus})",
+        **({"default": machine.cpus} | default),
+    )
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        type=options.size,
+        help=f"RAM (default {machine.memory}M)",
+        **({"default": machine.memory * MIB} | default),
+    )
+    group.add_argument(
+        "--append",
+        metavar="WORDS",
+        help="more for the kernel's command line",
+        **({"default": ""} | default),
+    )
+    group.add_argument(
+        "--ssh",
+        metavar="USER@HOST",
+        help="use this arm64 machine instead of an emulated one",
+        **default,
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, nothing else", **default
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="no word of what is being done", **default
+    )
+    parser.add_argument(
+        "--log", action="store_true", help="show the kernel's log on stderr", **default
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=options.seconds, metavar="SECONDS", help="end the command after that"
+    )
+    parser.add_argument(
+        "--stdin", action="store_true", help="hand it this command's input, when that has ended"
+    )
+    parser.add_argument(
+        "--put",
+        action="append",
+        metavar="FILE[:THERE]",
+        default=[],
+        help="copy a file there before (may be given again)",
+    )
+    parser.add_argument(
+        "--get",
+        action="append",
+        metavar="THERE[:FILE]",
+        default=[],
+        help="copy a file back afterwards (may be given again)",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Do the action; the exit status."""
+    if args.action == "run" and not args.command:
+        raise LoadError("say which command to run (see pkvm testbed run --help)")
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGHUP, _terminate)
+    show = _Progress(quiet=args.quiet)
+    store = Store()
+    if args.action == "clean":
+        store.clean()
+        return status.OK
+    if args.action == "make":
+        store.clean()
+    started = time.monotonic()
+    with _bed(args, show) as bed:
+        seconds = time.monotonic() - started
+        show.done()
+        if args.action == "run":
+            return _run(args, bed)
+        if args.action == "shell":
+            return _shell(bed)
+        return _check(args, bed, seconds)
+
+
+def _bed(args: argparse.Namespace, show: Callable[[str], None]) -> Bed:
+    if args.ssh is not None:
+        return SshBed(args.ssh, progress=show)
+    machine = qemu.Machine(args.qemu, args.cpu, args.smp, args.memory // MIB)
+    return TestBed(
+        machine,
+        kernel=args.kernel,
+        append=args.append,
+        progress=show,
+        on_console=_to_stderr if args.log else None,
+    )
+
+
+def _run(args: argparse.Namespace, bed: Bed) -> int:
+    for word in args.put:
+        here, _, there = word.partition(":")
+        bed.put(there or Path(here).name, Path(here).read_bytes())
+    result = bed.run(
+        args.command,
+        timeout=args.timeout,
+        stdin=sys.stdin.buffer.read() if args.stdin else b"",
+        on_stdout=None if args.json else terminal.write,
+        on_stderr=None if args.json else _to_stderr,
+    )
+    for word in args.get:
+        there, _, here = word.partition(":")
+        Path(here or Path(there).name).write_bytes(bed.get(there))
+    if args.json:
+        facts = {
+            "status": result.status,
+            "stdout": result.stdout.decode(errors="backslashreplace"),
+            "stderr": result.stderr.decode(errors="backslashreplace"),
+        }
+        terminal.write_line(json.dumps(facts))
+    return result.status
+
+
+def _check(args: argparse.Namespace, bed: Bed, seconds: float) -> int:
+    """Say what the bed is."""
+    asked = (
+        "import json, os, platform as p; print(json.dumps([p.python_version(), os.cpu_count()]))"
+    )
+    result = bed.run(("python3", "-c", asked), timeout=120)
+    if not result.ok:
+        raise BedError(f"Python fails in the test bed: {result.stderr.decode(errors='replace')}")
+    python, cpus = json.loads(result.stdout)
+    facts = {
+        "machine": args.ssh or f"{args.qemu}, {args.cpu}",
+        "kernel": bed.run(("uname", "-r"), timeout=120).stdout.decode().strip(),
+        "protected_mode": True,
+        "cpus": cpus,
+        "python": python,
+        "start_seconds": round(seconds, 2),
+    }
+    if args.json:
+        terminal.write_line(json.dumps(facts))
+        return status.OK
+    for name, value in facts.items():
+        words = "yes" if value is True else value
+        terminal.write_line(f"{name.replace('_', ' ') + ':':<16}{words}")
+    return status.OK
+
+
+def _shell(bed: Bed) -> int:
+    """A prompt at this terminal."""
+    fd = sys.stdin.fileno()
+    if not (os.isatty(fd) and sys.stdout.isatty()):
+        raise BedError("a shell needs a terminal: use `pkvm testbed run sh -c '...'` without one")
+    keys = Keys(DEFAULT_ESCAPE)
+    size = os.get_terminal_size(sys.stdout.fileno())
+
+    def read() -> bytes | None:
+        typed = os.read(fd, 4096)
+        if not typed:
+            return None
+        data = bytearray()
+        for part in keys.feed(typed):
+            if part is Command.QUIT:
+                return None
+            if isinstance(part, bytes):
+                data += part
+        return bytes(data)
+
+    if isinstance(bed, SshBed):
+        return bed.shell(Terminal(fd, size.lines, size.columns, read, terminal.write))
+    terminal.write_line(f"[pkvm] {key_name(DEFAULT_ESCAPE)} then q ends the test bed, as exit does")
+    raw = RawMode(fd, output=True)
+    try:
+        return bed.shell(Terminal(fd, size.lines, size.columns, read, terminal.write))
+    finally:
+        raw.leave()
+
+
+class _Progress:
+    """Words on stderr of what is being done: on a terminal each in the place of the last."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._here = sys.stderr.isatty()
+        self._open = False
+
+    def __call__(self, words: str) -> None:
+        if words.startswith("warning:"):
+            self.done()
+            print(f"pkvm: {words}", file=sys.stderr, flush=True)
+        elif self._here and not self._quiet:
+            print(f"\r\x1b[Kpkvm: {words}", end="", file=sys.stderr, flush=True)
+            self._open = True
+        elif not self._quiet:
+            print(f"pkvm: {words}", file=sys.stderr, flush=True)
+
+    def done(self) -> None:
+        """No more for now."""
+        if self._open:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._open = False
+
+
+def _to_stderr(data: bytes) -> None:
+    sys.stderr.buffer.write(data)
+    sys.stderr.buffer.flush()
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    """End by way of every `with` block."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The emulated machine, with the real QEMU and Debian's kernel and Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from pkvm.testbed.base import TimedOut
+from pkvm.testbed.bed import TestBed
+
+pytestmark = pytest.mark.linux
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[TestBed]:
+    with TestBed(files={"/root/before": b"the start"}) as bed:
+        yield bed
+
+
+def test_status_and_output_come_back(bed: TestBed) -> None:
+    result = bed.run(("sh", "-c", "echo out; echo err >&2; exit 7"))
+    assert (result.status, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
+
+
+def test_the_kernel_makes_protected_vms(bed: TestBed) -> None:
+    script = (
+        "import ctypes, os\n"
+        "kvm = os.open('/dev/kvm', os.O_RDWR)\n"
+        "print(ctypes.CDLL(None).ioctl(kvm, 0xAE01, ctypes.c_ulong(1 << 31)) > 0)"
+    )
+    assert bed.run(("python3", "-c", script), timeout=120).stdout == b"True\n"
+    assert bed.release.startswith("7.3.")
+
+
+def test_words_arrive_as_they_are(bed: TestBed) -> None:
+    words = ("it's", 'a "b" $c', "", "*", "two\nlines", "\\001", "é")
+    result = bed.run(("sh", "-c", 'printf "%s|" "$@"', "sh", *words))
+    assert result.stdout == "".join(f"{word}|" for word in words).encode()
+
+
+def test_files_go_and_come(bed: TestBed) -> None:
+    data = bytes(range(256)) * 1024
+    bed.put("/tmp/a folder/file", data)
+    assert bed.get("/tmp/a folder/file") == data
+    bed.put("empty", b"")
+    assert bed.get("/root/empty") == b""
+    assert bed.get("before") == b"the start"
+
+
+def test_input_and_environment(bed: TestBed) -> None:
+    result = bed.run(
+        ("sh", "-c", 'cat; echo "$A"'), stdin=b"typed\x00\x01\n", environment={"A": "b c"}
+    )
+    assert result.stdout == b"typed\x00\x01\nb c\n"
+    assert bed.run(("cat",)).stdout == b""
+
+
+def test_a_command_has_its_time(bed: TestBed) -> None:
+    with pytest.raises(TimedOut, match=r"took longer than 0\.5 s"):
+        bed.run(("sh", "-c", "echo before; sleep 1000 & sleep 1000"), timeout=0.5)
+    assert bed.run(("echo", "after")).stdout == b"after\n"
+    assert b"sleep" not in bed.run(("ps",)).stdout
