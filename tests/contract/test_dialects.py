@@ -93,22 +93,26 @@ def capability(name: str) -> int | None:
 
 
 def flags(name: str) -> dict[str, int]:
-    """Flags 0 protect a VM or place its firmware; flags 1 ask for the firmware's size."""
+    """Flags 0 protect a VM or place its firmware; flags 1 ask for the firmware's size; flags 2 give
+    a guest FF-A, which this host has not."""
     taken: dict[str, int] = {}
     with party(name, protect=False) as made:
         number = made.dialect.capability
-        for value in range(4):
+        for value in range(4 if number is not None else 0):
             buffer = made.kvm.mmap(PAGE)
             args = (buffer.address,) if value else (CODE_SLOT,)
-            if number is None or errno_of(made.vm.enable_cap, number, value, args):
+            try:
+                made.vm.enable_cap(number or 0, value, args)
+            except OSError as error:
+                if error.errno == EINVAL and "FF-A" in str(error):
+                    taken["SET_FFA"] = value
                 continue
             if value:
                 assert buffer.read(0, 8) != bytes(8)
                 taken["INFO"] = value
             else:
-                taken[
-                    "ENABLE" if made.dialect.creation is Creation.ENABLE_CAP else "SET_FW_IPA"
-                ] = 0
+                by_cap = made.dialect.creation is Creation.ENABLE_CAP
+                taken["ENABLE" if by_cap else "SET_FW_IPA"] = 0
     return taken
 
 
@@ -545,7 +549,7 @@ def taints(name: str) -> bool:
 ANSWERS: dict[str, tuple[Callable[[str], object], tuple[object, object, object]]] = {
     "creation": (creation, (Creation.ENABLE_CAP, Creation.TYPE_BIT, Creation.TYPE_BIT)),
     "capability": (capability, (199, 0xFFBA_DAB1, None)),
-    "flags": (flags, ({"ENABLE": 0, "INFO": 1}, {"SET_FW_IPA": 0, "INFO": 1}, {})),
+    "flags": (flags, ({"ENABLE": 0, "INFO": 1}, {"SET_FW_IPA": 0, "INFO": 1, "SET_FFA": 2}, {})),
     "unprotected": (
         unprotected,
         (Unprotected.CAP_IS_ZERO, Unprotected.EINVAL, Unprotected.EINVAL),

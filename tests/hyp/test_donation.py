@@ -18,7 +18,8 @@ from fakes.el2_rig import (
     Guest,
 )
 from pkvm.events import VmLife
-from pkvm.hyp.abi import HostCall
+from pkvm.hyp.abi import HOST_CALL_BASE, HostCall
+from pkvm.hyp.policy import ANDROID, UPSTREAM
 from pkvm.machine.stage2 import Stage2Fault
 
 FW_GFN = FIRMWARE_IPA >> 12
@@ -239,3 +240,48 @@ def test_nobody_but_the_guest_reads_the_firmware(el2: El2, vm: Bare) -> None:
         for bus in (el2.machine.host_bus, el2.machine.dma_bus):
             with pytest.raises(Stage2Fault):
                 bus.read(pa, 8)
+
+
+# Android: page by page
+
+
+class Fresh(Bare):
+    """Neither vCPUs nor memory."""
+
+    def __init__(self, el2: El2) -> None:
+        super().__init__(el2, vcpus=0, created_vcpus=1, firmware=False)
+
+
+def test_android_fills_what_is_donated_of_the_range() -> None:
+    el2 = El2(policy=ANDROID)
+    vm = Fresh(el2)
+    assert vm.set_firmware(0x8000_0000) == 0
+    assert vm.set_firmware() == 0, "until somebody might have asked for it"
+    read = el2.machine.memory.read
+    # The page before the range, and its first two; then the last one.
+    assert vm.donate((vm.ram >> 12, FW_GFN - 1, 3)) == 0
+    assert read(vm.ram, PAGE) == b"RAM!" * (PAGE // 4)
+    assert read(vm.ram + PAGE, 2 * PAGE) == el2.image
+    assert vm.donate(*slot_entries(vm, 3)) == 0
+    assert read(vm.slot + 3 * PAGE, PAGE) == bytes(PAGE), "behind the image"
+    assert read(vm.slot + 2 * PAGE, PAGE) == b"host" * (PAGE // 4), "still the host's"
+    assert not vm.vm.firmware_loaded
+    el2.sound()
+
+
+def test_android_names_the_range_before_vcpus_and_memory() -> None:
+    el2 = El2(policy=ANDROID)
+    with_memory, with_vcpu = Fresh(el2), Fresh(el2)
+    assert with_memory.donate((with_memory.ram >> 12, RAM_IPA >> 12, 1)) == 0
+    with_vcpu.add_vcpu(0)
+    for vm in (with_memory, with_vcpu):
+        args = (vm.handle, FIRMWARE_IPA, SLOT_BYTES)
+        el2.assert_refused(errno.EBUSY, HostCall.SET_FIRMWARE, *args, check_name="firmware")
+
+
+def test_upstream_has_none() -> None:
+    el2 = El2(policy=UPSTREAM)
+    vm = Fresh(el2)
+    function = HOST_CALL_BASE + HostCall.SET_FIRMWARE
+    with el2.unchanged():
+        assert el2.hyp.host_call(function, vm.handle, FIRMWARE_IPA, SLOT_BYTES) == (-1, 0)

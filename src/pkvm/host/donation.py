@@ -11,13 +11,11 @@ KVM_RUN, or given back by the guest, and then it gets one again.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 from pkvm.host.el2 import DONE, value_of
 from pkvm.host.memslots import Slot
 from pkvm.host.pages import BLOCK_PAGES
 from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
-from pkvm.host.protected import donate_extents, tables_needed
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import LostPage
@@ -44,16 +42,7 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
             )
         _donate(vm, vm.host.users.pa(_user(slot, gfn), PAGE_SIZE) >> PAGE_SHIFT, gfn, 1)
     elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, block):
-        _give(vm, slot, gfn, 1, _donate)
-
-
-def give_range(vm: Vm, ipa: int, length: int) -> None:
-    """Give a protected VM, of which no vCPU need be loaded, all pages of [ipa, ipa+length), none of
-    which it has. Raises EFAULT where there is no memory, and as `touch`."""
-    slot = vm.slots.at(ipa)
-    if slot is None or ipa + length > slot.end:
-        raise OSError(errno.EFAULT, f"[{ipa:#x}, +{length:#x}) is not memory of one slot")
-    _give(vm, slot, ipa >> PAGE_SHIFT, length >> PAGE_SHIFT, _donate_unloaded)
+        _give(vm, slot, gfn, 1)
 
 
 def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
@@ -66,22 +55,20 @@ def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
         pa = vm.host.users.pa(_user(slot, block), BLOCK_PAGES << PAGE_SHIFT)
         if ((pa >> PAGE_SHIFT) - block) % BLOCK_PAGES:
             return False
-        _give(vm, slot, block, BLOCK_PAGES, _donate)
+        _give(vm, slot, block, BLOCK_PAGES)
     except OSError:
         return False
     return True
 
 
-def _give(
-    vm: Vm, slot: Slot, gfn: int, npages: int, donate: Callable[[Vm, int, int, int], None]
-) -> None:
-    """Count, pin, donate by `donate`. Raises OSError, and nothing has changed then."""
+def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
+    """Count, pin, donate. Raises OSError, and nothing has changed then."""
     host = vm.host
     user = slot.user + (gfn << PAGE_SHIFT) - slot.ipa
     host.memlock.charge(npages)
     try:
         mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
-        donate(vm, mapping.pa + user - mapping.address >> PAGE_SHIFT, gfn, npages)
+        _donate(vm, mapping.pa + user - mapping.address >> PAGE_SHIFT, gfn, npages)
     except OSError:
         host.memlock.release(npages)
         raise
@@ -101,13 +88,6 @@ def _donate(vm: Vm, pfn: int, gfn: int, npages: int) -> None:
     result = value_of(registers)
     if result < 0:
         raise OSError(-result, f"EL2 does not give the guest IPA {gfn << PAGE_SHIFT:#x}")
-
-
-def _donate_unloaded(vm: Vm, pfn: int, gfn: int, npages: int) -> None:
-    """The same for a VM of which no vCPU is loaded."""
-    extents = [(pfn, gfn, npages)]
-    vm.topup(tables_needed(extents))
-    donate_extents(vm, extents)
 
 
 def _user(slot: Slot, gfn: int) -> int:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""KVM_CAP_ARM_PROTECTED_VM as Android has it: SET_FW_IPA and INFO (facts §2.2).
+"""KVM_CAP_ARM_PROTECTED_VM as Android has it: SET_FW_IPA, INFO and SET_FFA (facts §2.2).
 
 The VM is protected from its creation. Firmware is optional: a VM without starts
-where the VMM says.
+where the VMM says. EL2 puts it into the memory that the guest touches there.
 """
 
 from __future__ import annotations
 
 import errno
 
-from pkvm.host import donation, protected
+from pkvm.host import protected
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import ANDROID
@@ -17,12 +17,13 @@ from pkvm.uapi.dialects import ANDROID
 NO_FIRMWARE = (1 << 64) - 1
 _SET_FW_IPA = ANDROID.flags["SET_FW_IPA"]
 _INFO = ANDROID.flags["INFO"]
+_SET_FFA = ANDROID.flags["SET_FFA"]
 
 
 def enable_cap(vm: Vm, flags: int, args: tuple[int, int, int, int]) -> None:
     """KVM_ENABLE_CAP(ARM_PROTECTED_VM). Raises EINVAL for a VM that is not protected, for
-    arguments that must be zero and are not and for other flags (guest FF-A among them: this
-    machine has no secure world), EFAULT from INFO, else as `set_firmware_address`."""
+    arguments that must be zero and are not, for other flags and for guest FF-A (this host found no
+    secure world), EFAULT from INFO, else as `set_firmware_address`."""
     if not vm.protected:
         raise OSError(errno.EINVAL, "the VM is not protected: KVM_CREATE_VM with bit 31 makes one")
     if any(args[1:]):
@@ -31,8 +32,11 @@ def enable_cap(vm: Vm, flags: int, args: tuple[int, int, int, int]) -> None:
         set_firmware_address(vm, args[0])
     elif flags == _INFO:
         protected.info(vm, args[0], 0)
+    elif flags == _SET_FFA:
+        raise OSError(errno.EINVAL, "the host found no FF-A: no guest can have it")
     else:
-        raise OSError(errno.EINVAL, f"flags {flags:#x}: SET_FW_IPA is 0 and INFO is 1")
+        known = ", ".join(f"{name} is {number}" for name, number in ANDROID.flags.items())
+        raise OSError(errno.EINVAL, f"flags {flags:#x}: {known}")
 
 
 def set_firmware_address(vm: Vm, ipa: int) -> None:
@@ -45,9 +49,11 @@ def set_firmware_address(vm: Vm, ipa: int) -> None:
     vm.firmware_ipa = None if ipa == NO_FIRMWARE else ipa
 
 
-def put(vm: Vm, ipa: int) -> None:
-    """Have EL2 put the firmware at `ipa`, in memory that the VM gets for it now. Raises EFAULT
-    where the VM has no memory, ENOMEM, or what EL2 answers."""
+def name_to_el2(vm: Vm, ipa: int) -> None:
+    """Have EL2 put the firmware at `ipa`. Raises EFAULT where the VM has no memory, or what EL2
+    answers."""
     nbytes = vm.host.firmware_size
+    slot = vm.slots.at(ipa)
+    if slot is None or ipa + nbytes > slot.end:
+        raise OSError(errno.EFAULT, f"the firmware, [{ipa:#x}, +{nbytes:#x}), is not in one slot")
     vm.host.el2.call(HostCall.SET_FIRMWARE, vm.handle, ipa, nbytes)
-    donation.give_range(vm, ipa, nbytes)

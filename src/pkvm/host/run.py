@@ -123,7 +123,7 @@ def _make_vm(vm: Vm) -> None:
     vm.init_at_el2(protected=vm.protected, created_vcpus=len(vm.vcpus))
     if vm.firmware_ipa is not None:
         try:
-            firmware_address.put(vm, vm.firmware_ipa)
+            firmware_address.name_to_el2(vm, vm.firmware_ipa)
         except OSError:
             vm.leave_el2()
             raise

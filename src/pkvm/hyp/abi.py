@@ -87,7 +87,8 @@ class HostCall(IntEnum):
     word of each) to the VM's table-page cache. -ENOMEM after the first page that EL2 refuses."""
     SET_FIRMWARE = 65
     """(handle, ipa, bytes) -> 0: the guest firmware goes to this IPA range, its rest zeroed, when
-    the range is donated; the first vCPU to enter starts there (RFC)."""
+    the range is donated (Android: page by page); the primary starts there. Not in every
+    dialect."""
     DONATE_GUEST_SGLIST = 66
     """(handle, list_pa, nr) -> 0: give many ranges to a protected VM, all or none. The list is
     host memory, nr entries of three u64: pfn, gfn, number of pages."""

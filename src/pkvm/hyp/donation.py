@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Memory for a protected VM, and the guest firmware in it (RFC 7.26.1).
+"""Memory for a protected VM, and the guest firmware in it (RFC 7.26.1, facts §8.1).
 
-The host names a range of IPAs for the firmware before it donates it. The
-donation that covers the range, the whole of it, puts the image there and
-zeroes the rest; whatever the host had left in those pages is gone. A VM whose
-firmware is not in place does not run.
+The host names a range of IPAs for the firmware before it donates it. A donation
+of the range puts the image there and zeroes the rest; whatever the host had left
+in those pages is gone. The RFC's range comes at once, and a VM whose firmware is
+not in place does not run; Android's comes as the guest touches it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pkvm.events import Recorder, VmLife
 from pkvm.hyp.abi import SGLIST_ENTRY_BYTES
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.mem_protect import MemProtect
+from pkvm.hyp.memory_policy import FirmwareRule
 from pkvm.hyp.vm import Vm
 from pkvm.hyp.vmemmap import HOST_OWNED, HOST_SHARED_WITH_HYP
 from pkvm.machine.cpu.engine import CpuEngine
@@ -35,6 +36,7 @@ class Donation:
         self._mem = mem
         self._engine = engine
         self._record = recorder.record
+        self._by_page = mem.policy.firmware is FirmwareRule.PAGES
 
     @property
     def firmware_bytes(self) -> int:
@@ -47,7 +49,7 @@ class Donation:
 
         Raises Refused: EINVAL for a VM that is not protected, a machine without firmware or a
         range that is not whole pages of the VM's space; ENOMEM if it is too small for the image;
-        EBUSY when the firmware is there.
+        EBUSY when the firmware is there, or might have been asked for.
         """
         if not vm.protected:
             raise Refused(Errno.EINVAL, "vm_kind", "the VM is not protected", vm=vm.handle)
@@ -63,15 +65,18 @@ class Donation:
             raise Refused(Errno.ENOMEM, "firmware", why, ipa=ipa, vm=vm.handle)
         if vm.firmware_loaded:
             raise Refused(Errno.EBUSY, "firmware", "the firmware is in place", vm=vm.handle)
+        if self._by_page and (any(vm.vcpus) or self._mem.has_pages(vm)):
+            why = "the VM has vCPUs or memory already"
+            raise Refused(Errno.EBUSY, "firmware", why, vm=vm.handle)
         vm.firmware_ipa = ipa
         vm.firmware_bytes = nbytes
 
     def donate(self, vm: Vm, pfn: int, gfn: int, nr: int) -> None:
-        """One range. Raises Refused as `MemProtect.host_donate_guest`, and EINVAL for a range that
-        covers the firmware's only in part."""
+        """One range. Raises Refused as `MemProtect.host_donate_guest`, and where the firmware comes
+        at once, EINVAL for a range that covers its only in part."""
         if vm.words[_FIRMWARE_BYTES] and not vm.firmware_loaded:
             entries = np.array([[pfn, gfn, nr]], np.uint64)
-            if self._covers_firmware(vm, entries):
+            if self._has_firmware(vm, entries):
                 self._mem.host_donate_guest(vm, pfn, gfn, nr)
                 self._load_firmware(vm, entries)
                 return
@@ -82,7 +87,7 @@ class Donation:
         `list_pa`. Raises Refused as `donate`, and EINVAL or EPERM for a list that is not in
         memory of the host's own."""
         entries = self._copy_list(list_pa, nr)
-        if vm.firmware_bytes and not vm.firmware_loaded and self._covers_firmware(vm, entries):
+        if vm.firmware_bytes and not vm.firmware_loaded and self._has_firmware(vm, entries):
             self._mem.host_donate_guest_list(vm, entries)
             self._load_firmware(vm, entries)
             return
@@ -107,24 +112,26 @@ class Donation:
             words = memory.span(list_pa, nbytes).copy()
         return words.reshape(nr, _ENTRY_WORDS)
 
-    def _covers_firmware(self, vm: Vm, entries: Entries) -> bool:
-        """Whether the entries cover the firmware's range; False if they keep clear of it.
+    def _has_firmware(self, vm: Vm, entries: Entries) -> bool:
+        """Whether pages of the entries are the firmware's.
 
         Numbers that no range can have are left for `MemProtect` to refuse, and so are entries that
-        overlap: counting pages is enough. Raises Refused(EINVAL) if part of the range is missing.
+        overlap: counting pages is enough. Raises Refused(EINVAL) if part of the range is missing,
+        where it comes at once.
         """
         limit = np.uint64(1 << self._mem.geometry.ipa_bits - PAGE_SHIFT)
         if (entries[:, 1:] > limit).any():
             return False
         overlap = _overlap(vm, entries)
         covered = int(overlap.sum())
-        if covered and covered < vm.firmware_bytes >> PAGE_SHIFT:
+        if covered and not self._by_page and covered < vm.firmware_bytes >> PAGE_SHIFT:
             why = "the firmware's range must be donated at once"
             raise Refused(Errno.EINVAL, "firmware_range", why, ipa=vm.firmware_ipa, vm=vm.handle)
         return covered > 0
 
     def _load_firmware(self, vm: Vm, entries: Entries) -> None:
-        """Copy the image into the pages just donated, and zero the rest of its range."""
+        """Copy the image into those of its pages that were just donated, and zero the rest of its
+        range."""
         assert self._mem.firmware is not None
         memory = self._mem.memory
         source, image_bytes = self._mem.firmware
@@ -142,7 +149,7 @@ class Donation:
                 self._engine.invalidate_code(pa, image)
             if nbytes > image:
                 self._mem.zero(pa + image, nbytes - image)
-        vm.firmware_loaded = 1
+        vm.firmware_loaded = int(not self._by_page)
         self._record(VmLife("firmware", vm.handle))
 
 

@@ -19,6 +19,7 @@ from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.lifecycle import Lifecycle
 from pkvm.hyp.mem_protect import MemProtect
+from pkvm.hyp.memory_policy import FirmwareRule
 from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.vm import Vm, VmTable
 
@@ -54,6 +55,7 @@ class HostCalls:
             for call, there in (
                 (HostCall.FORCE_RECLAIM_GUEST_PAGE, mem.policy.force_reclaim),
                 (HostCall.SPLIT_GUEST, mem.policy.split_call),
+                (HostCall.SET_FIRMWARE, mem.policy.firmware is not FirmwareRule.NONE),
             )
             if not there
         }

@@ -8,8 +8,21 @@ ones the host may ask for, differs. No field takes a guest's protection away.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from pkvm.hyp.errors import Errno
+
+
+class FirmwareRule(Enum):
+    """How the guest firmware gets into a protected VM (facts §8.1)."""
+
+    NONE = "none"
+    """There is no such call."""
+    WHOLE = "whole"
+    """Its range is donated at once and filled then; before that no vCPU runs."""
+    PAGES = "pages"
+    """Each page of its range that is donated is filled then, until the guest gives up one of
+    them. The range is named before the VM has vCPUs or memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +38,7 @@ class MemoryPolicy:
     guest's frame poisoned. Without, such an access of the host's is its own fault."""
     split_call: bool
     """The host may split a guest's block into pages by a call of its own."""
+    firmware: FirmwareRule
 
 
 RFC_MEMORY = MemoryPolicy(
@@ -32,6 +46,7 @@ RFC_MEMORY = MemoryPolicy(
     unmapped=Errno.EFAULT,
     force_reclaim=True,
     split_call=False,
+    firmware=FirmwareRule.WHOLE,
 )
 """The mail says of a host that touches a guest's page: it panics, or the page is destroyed."""
 ANDROID_MEMORY = MemoryPolicy(
@@ -39,10 +54,12 @@ ANDROID_MEMORY = MemoryPolicy(
     unmapped=Errno.EFAULT,
     force_reclaim=False,
     split_call=True,
+    firmware=FirmwareRule.PAGES,
 )
 UPSTREAM_MEMORY = MemoryPolicy(
     not_ram=Errno.EPERM,
     unmapped=Errno.ENOENT,
     force_reclaim=True,
     split_call=False,
+    firmware=FirmwareRule.NONE,
 )

@@ -236,7 +236,7 @@ class PhysicalCpu:
 
     def _start_primary(self, vcpu: Vcpu, isolation: Isolation) -> bool:
         vm = vcpu.vm
-        if not vm.firmware_loaded and (isolation.needs_firmware or vm.firmware_bytes):
+        if isolation.needs_firmware and not vm.firmware_loaded:
             return self._cannot_run(vcpu, "firmware", "the VM's firmware is not in place")
         self._switch_to(vcpu)
         reset.start_primary(self._engine, vcpu, isolation)

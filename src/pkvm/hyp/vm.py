@@ -30,7 +30,7 @@ class Vm(Area):
     firmware_bytes = Word(0x20)
     """Where the guest firmware goes (IPA range); no bytes: nowhere."""
     firmware_loaded = Word(0x28)
-    """1 once the firmware is there."""
+    """1 once the firmware is there; where it comes page by page, once no more of it comes."""
     mmio_guard = Word(0x30)
     """1 once the VM has the MMIO guard: devices are only where the guest says."""
     features = Word(0x38)
@@ -64,6 +64,10 @@ class Vm(Area):
     def vmid(self) -> int:
         """The VMID of its stage-2."""
         return vmid_of(self.handle)
+
+    def is_firmware(self, ipa: int) -> bool:
+        """Whether an IPA lies in the firmware's range."""
+        return 0 <= ipa - self.firmware_ipa < self.firmware_bytes
 
 
 def vmid_of(handle: int) -> int:

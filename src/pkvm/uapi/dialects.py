@@ -48,8 +48,8 @@ class Firmware(Enum):
 
     SLOT = "a memory slot, named by ENABLE; a VM without firmware does not run"
     ADDRESS = (
-        "an IPA, named by SET_FW_IPA until the first KVM_RUN (then EBUSY); a VM without firmware "
-        "starts where the VMM says"
+        "an IPA, named by SET_FW_IPA until the first KVM_RUN (then EBUSY); its pages come as the "
+        "guest touches them; a VM without firmware starts where the VMM says"
     )
     NONE = "there is none"
 
@@ -301,7 +301,7 @@ ANDROID = Dialect(
     name="android",
     creation=Creation.TYPE_BIT,
     capability=0xFFBA_DAB1,
-    flags={"SET_FW_IPA": 0, "INFO": 1},
+    flags={"SET_FW_IPA": 0, "INFO": 1, "SET_FFA": 2},
     unprotected=Unprotected.EINVAL,
     type_bits=TypeBits.IPA_SIZE_AND_PROTECTED,
     firmware=Firmware.ADDRESS,
