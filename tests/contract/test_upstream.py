@@ -85,6 +85,34 @@ def test_forced_reclaim_wipes_one_page_and_no_more(made: Party) -> None:
     check_invariants(made)
 
 
+def test_munmap_gives_back_what_the_guest_does_not_have(made: Party) -> None:
+    """Two guests have pages of one mapping: one its own, one that it shares with the VMM."""
+    agent, kernel = made.agent(), made.system.host
+    with made.kvm.create_vm() as plain:
+        code = made.kvm.mmap(2 << 20)
+        code.write(0, guests.image("agent"))
+        plain.set_user_memory_region(0, CODE_IPA, code)
+        plain.set_user_memory_region(1, RAM_IPA, made.ram, offset=64 * PAGE, size=8 * PAGE)
+        vcpu = plain.create_vcpu(0)
+        vcpu.init()
+        vcpu.set_reg("pc", CODE_IPA)
+        lent = Agent(vcpu)
+        lent.start()
+        for page in (0, 1, 7):
+            agent.store(RAM_IPA + page * PAGE, 0x100 + page)
+        for page in (2, 3):
+            lent.store(RAM_IPA + page * PAGE, 0x200 + page)
+        free = kernel.free_pages
+        made.ram.close()
+        assert kernel.free_pages == free + made.ram.length // PAGE - 3
+        check_invariants(made)
+        others = made.kvm.mmap(made.ram.length - 64 * PAGE)
+        others.write(0, b"\xff" * others.length)
+        assert [agent.load(RAM_IPA + page * PAGE) for page in (0, 1, 7)] == [0x100, 0x101, 0x107]
+        assert errno_of(lent.load, RAM_IPA + 2 * PAGE) == errno.EFAULT
+        vcpu.close()
+
+
 def test_el2s_own_memory_is_never_taken_by_force(made: Party) -> None:
     memory = made.kvm.mmap(PAGE)
     kernel = made.system.host

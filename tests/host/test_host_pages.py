@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fakes.host_fakes import BLOCK, PAGE, RAM_BASE, FakeBus, errno_of
-from pkvm.host.pages import PageAllocator, PageRun
+from pkvm.host.pages import PageAllocator, PageRun, Part
 
 ENOMEM = 12
 PAGES = 2048
@@ -61,14 +61,71 @@ def test_ranges_must_be_whole_pages_and_separate() -> None:
             PageAllocator(FakeBus(), ranges)
 
 
-def test_a_run_lives_until_its_last_user_lets_go() -> None:
+def test_of_a_run_lives_on_what_is_pinned() -> None:
     pages = allocator()
-    run = PageRun(pages, 3)
-    run.get()
-    run.put()
-    assert pages.free_pages == PAGES - 3
-    run.put()
+    run = PageRun(pages, 100)
+    run.hold(Part(10, 20))
+    run.hold(Part(29, 2))
+    run.release([Part(0, 100)])
+    assert pages.free_pages == PAGES - 21
+    run.release([Part(10, 20)])
+    assert pages.free_pages == PAGES - 2
+    run.release([Part(29, 2)])
     assert pages.free_pages == PAGES
+
+
+class Pinning(RuleBasedStateMachine):
+    """A page of a run is free exactly if it is neither mapped nor pinned."""
+
+    RUN = 16
+    parts = st.builds(
+        lambda first, npages: Part(first, min(npages, 16 - first)),
+        st.integers(0, 15),
+        st.integers(1, 16),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pages = allocator()
+        self.run_ = PageRun(self.pages, self.RUN)
+        self.mapped = True
+        self.pinned: list[Part] = []
+
+    @precondition(lambda self: self.mapped or self.pinned)
+    @rule(part=parts, again=st.booleans())
+    def pin(self, part: Part, again: bool) -> None:
+        if self.mapped or again:
+            part = part if self.mapped else self.pinned[0]
+            self.run_.hold(part)
+            self.pinned.append(part)
+
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        gone = data.draw(st.lists(st.sampled_from(range(len(self.pinned))), unique=True)
+                         if self.pinned else st.just([]))  # fmt: skip
+        self.run_.release([self.pinned[index] for index in gone])
+        self.pinned = [part for index, part in enumerate(self.pinned) if index not in gone]
+
+    @precondition(lambda self: self.mapped and len(self.pinned) > 2)
+    @rule()
+    def unmap(self) -> None:
+        self.run_.release([Part(0, self.RUN)])
+        self.mapped = False
+
+    @invariant()
+    def the_rest_is_free(self) -> None:
+        kept = set(range(self.RUN)) if self.mapped else set()
+        for part in self.pinned:
+            kept.update(range(part.first, part.end))
+        free: set[int] = set()
+        for start, end in self.pages._free:
+            free.update(range(start - (self.run_.pa >> 12), end - (self.run_.pa >> 12)))
+        assert free.isdisjoint(kept)
+        assert len(free) == PAGES - len(kept)
+
+
+TestPinning = Pinning.TestCase
+TestPinning.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 class Allocation(RuleBasedStateMachine):

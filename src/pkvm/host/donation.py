@@ -15,7 +15,7 @@ import errno
 from pkvm.host.el2 import DONE, value_of
 from pkvm.host.memslots import Slot
 from pkvm.host.pages import BLOCK_PAGES
-from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
+from pkvm.host.ports import PAGE_SHIFT
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import LostPage
@@ -40,7 +40,7 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
                 errno.EFAULT,
                 f"the host took the guest's page at IPA {ipa:#x} by force, and the guest wants it",
             )
-        _donate(vm, vm.host.users.pa(_user(slot, gfn), PAGE_SIZE) >> PAGE_SHIFT, gfn, 1)
+        _donate(vm, vm.host.users.place(_user(slot, gfn), 1).pfn, gfn, 1)
     elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, block):
         _give(vm, slot, gfn, 1)
 
@@ -52,8 +52,8 @@ def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
     if any(gfn in vm.donated for gfn in range(block, block + BLOCK_PAGES)):
         return False
     try:
-        pa = vm.host.users.pa(_user(slot, block), BLOCK_PAGES << PAGE_SHIFT)
-        if ((pa >> PAGE_SHIFT) - block) % BLOCK_PAGES:
+        place = vm.host.users.place(_user(slot, block), BLOCK_PAGES)
+        if (place.pfn - block) % BLOCK_PAGES:
             return False
         _give(vm, slot, block, BLOCK_PAGES)
     except OSError:
@@ -67,12 +67,12 @@ def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
     user = slot.user + (gfn << PAGE_SHIFT) - slot.ipa
     host.memlock.charge(npages)
     try:
-        mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
-        _donate(vm, mapping.pa + user - mapping.address >> PAGE_SHIFT, gfn, npages)
+        place = host.users.pinnable(user, npages, protected=True)
+        _donate(vm, place.pfn, gfn, npages)
     except OSError:
         host.memlock.release(npages)
         raise
-    vm.pin(mapping.run)
+    vm.pin(place)
     vm.donated[gfn] = npages
 
 

@@ -11,7 +11,7 @@ import errno
 
 from pkvm.host.memslots import Slot
 from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
-from pkvm.host.vm import Sharing, Vm
+from pkvm.host.vm import Vm
 from pkvm.hyp.abi import PROT_RWX, PROT_W, HostCall
 
 _BLOCK = 1 << 21
@@ -46,7 +46,7 @@ def _is_shared(vm: Vm, ipa: int, block: int) -> bool:
     if ipa >> PAGE_SHIFT in vm.shared:
         return True
     around = vm.shared.get(block >> PAGE_SHIFT)
-    return around is not None and around.npages == _BLOCK_PAGES
+    return around is not None and around.part.npages == _BLOCK_PAGES
 
 
 def _share_block(vm: Vm, slot: Slot, block: int) -> bool:
@@ -67,14 +67,13 @@ def _share(vm: Vm, slot: Slot, ipa: int, npages: int) -> int:
     users = vm.host.users
     user = slot.user + ipa - slot.ipa
     mapping = users.find(user, npages << PAGE_SHIFT)
-    pa = mapping.pa + user - mapping.address
+    place = users.place(user, npages)
     prot = PROT_RWX if mapping.writable and not slot.readonly else PROT_RWX & ~PROT_W
-    call, args = HostCall.HOST_SHARE_GUEST, (pa >> PAGE_SHIFT, ipa >> PAGE_SHIFT, npages, prot)
+    call, args = HostCall.HOST_SHARE_GUEST, (place.pfn, ipa >> PAGE_SHIFT, npages, prot)
     result = vm.host.el2.try_call(call, *args)
     if result == -errno.ENOMEM:
         vm.topup(_TABLES)
         result = vm.host.el2.try_call(call, *args)
     if result >= 0:
-        vm.pin(mapping.run)
-        vm.shared[ipa >> PAGE_SHIFT] = Sharing(npages, mapping.run)
+        vm.share(ipa >> PAGE_SHIFT, place)
     return result

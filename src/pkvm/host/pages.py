@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from pkvm.host.ports import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bus
 
@@ -129,30 +131,80 @@ class PageAllocator:
             length -= step
 
 
-class PageRun:
-    """Contiguous pages of user memory with a count of users: the mapping, and each VM that pins
-    them. The last `put` frees the pages."""
+class Part(NamedTuple):
+    """Pages of a run, by their number in it."""
 
-    __slots__ = ("_pages", "npages", "pa", "users")
+    first: int
+    npages: int
+
+    @property
+    def end(self) -> int:
+        """The page after the last one."""
+        return self.first + self.npages
+
+
+class PageRun:
+    """Contiguous pages of user memory. Mappings and VMs hold parts of them, the first mapping all;
+    a page that nobody holds any more is free."""
+
+    __slots__ = ("_holds", "_pages", "npages", "pa")
 
     def __init__(self, pages: PageAllocator, npages: int) -> None:
         self._pages = pages
         self.pa = pages.alloc(npages)
         """PA of the first byte."""
         self.npages = npages
-        self.users = 1
+        self._holds: dict[Part, int] = {Part(0, npages): 1}
+        """Parts that are held, and how often."""
 
     @property
     def length(self) -> int:
         """Bytes."""
         return self.npages * PAGE_SIZE
 
-    def get(self) -> None:
-        """One more user."""
-        self.users += 1
+    def hold(self, part: Part) -> None:
+        """One more needs these pages."""
+        self._holds[part] = self._holds.get(part, 0) + 1
 
-    def put(self) -> None:
-        """One user less."""
-        self.users -= 1
-        if not self.users:
-            self._pages.free(self.pa, self.npages)
+    def release(self, parts: Iterable[Part]) -> None:
+        """Undo a `hold` of each."""
+        before = self._held()
+        for part in parts:
+            self._holds[part] -= 1
+            if not self._holds[part]:
+                del self._holds[part]
+        kept = deque(self._held())
+        for first, npages in before:
+            end = first + npages
+            while kept and kept[0].end <= end:
+                part = kept.popleft()
+                self._free(first, part.first)
+                first = part.end
+            self._free(first, end)
+
+    def _held(self) -> list[Part]:
+        """What is held: sorted, and none overlaps or touches the next."""
+        held: list[Part] = []
+        for first, npages in sorted(self._holds):
+            end = first + npages
+            if held and first <= held[-1].end:
+                begin = held.pop()
+                first, end = begin.first, max(begin.end, end)
+            held.append(Part(first, end - first))
+        return held
+
+    def _free(self, first: int, end: int) -> None:
+        if first < end:
+            self._pages.free(self.pa + (first << PAGE_SHIFT), end - first)
+
+
+class Place(NamedTuple):
+    """User pages: the run that has them, and which of it they are."""
+
+    run: PageRun
+    part: Part
+
+    @property
+    def pfn(self) -> int:
+        """PA >> 12 of the first one."""
+        return (self.run.pa >> PAGE_SHIFT) + self.part.first

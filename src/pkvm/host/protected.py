@@ -8,7 +8,6 @@ import struct
 from collections.abc import Iterable
 
 from pkvm.host.memslots import Slot
-from pkvm.host.pages import PageRun
 from pkvm.host.ports import PAGE_SHIFT
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import MAX_VCPUS, SGLIST_ENTRY_BYTES, HostCall
@@ -99,7 +98,12 @@ def enable(vm: Vm, slot_number: int) -> None:
 
 
 def _take(vm: Vm, firmware: Slot) -> None:
-    extents, runs = _extents(vm)
+    """Raises EFAULT for a slot without user memory."""
+    users = vm.host.users
+    places = [users.pinnable(slot.user, slot.npages, protected=True) for slot in vm.slots]
+    extents = [
+        (place.pfn, slot.gfn, slot.npages) for slot, place in zip(vm.slots, places, strict=True)
+    ]
     vm.init_at_el2(protected=True, created_vcpus=MAX_VCPUS)
     try:
         el2 = vm.host.el2
@@ -109,23 +113,11 @@ def _take(vm: Vm, firmware: Slot) -> None:
     except OSError:
         vm.leave_el2()
         raise
-    for run in runs:
-        vm.pin(run)
+    for place in places:
+        vm.pin(place)
     vm.become_protected()
     for vcpu in vm.vcpus.values():
         vcpu.forget_dirty()
-
-
-def _extents(vm: Vm) -> tuple[list[Extent], list[PageRun]]:
-    """Where the memory of every slot is. Raises EFAULT for a slot without user memory."""
-    extents = []
-    runs = []
-    for slot in vm.slots:
-        mapping = vm.host.users.pinned(slot.user, slot.size, protected=True)
-        pa = mapping.pa + slot.user - mapping.address
-        extents.append((pa >> PAGE_SHIFT, slot.gfn, slot.npages))
-        runs.append(mapping.run)
-    return extents, runs
 
 
 def tables_needed(extents: Iterable[Extent]) -> int:
