@@ -11,7 +11,7 @@ import pytest
 
 from fakes.code import POWER_OFF
 from fakes.virtio_driver import Driver, Rig
-from pkvm.cli import devices, run, status
+from pkvm.cli import devices, options, run, status
 from pkvm.cli.main import main
 from pkvm.vmm.errors import LoadError
 from pkvm.vmm.virtio.blk import F_RO, Block
@@ -21,7 +21,9 @@ from pkvm.vmm.virtio.disk import Disk
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     run.configure(parser)
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    options.settle(args)
+    return args
 
 
 @pytest.fixture

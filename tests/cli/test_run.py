@@ -54,7 +54,7 @@ def test_the_demonstration_powers_off_and_no_attempt_gets_through(run_json: Run)
     code, report = run_json()
     assert code == status.OK
     assert report["outcome"] == "powered-off"
-    assert report["dialect"] == "rfc"
+    assert (report["backend"], report["dialect"]) == ("model", "rfc")
     assert "firmware: all as promised" in report["console"]
     assert "the VMM read 54 bytes" in report["console"]
     assert "my private pages are as I left them" in report["console"]
@@ -80,7 +80,7 @@ def test_the_report_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert console.endswith("my private pages are as I left them")
     for line in (
         "the guest powered off (PSCI SYSTEM_OFF)",
-        "protected VM, dialect rfc",
+        "(protected VM, back-end model, dialect rfc)",
         "protected guest, shared with host            1           0           0",
         "private pages: every attempt was refused",
         "shared pages: every attempt was allowed, with equal content",

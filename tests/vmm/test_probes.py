@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from fakes.fake_kernel import PAGE, FakeKernel, FakeMemory
+from fakes.fake_kernel import PAGE, FakeKernel, FakeMemory, Guest
 from fakes.guests import SHARED_IPA, SharingGuest
 from pkvm.kvm import Kvm
 from pkvm.vmm.board import IMAGE_BASE, RAM_BASE, Board
@@ -220,3 +220,65 @@ def test_an_error_that_is_no_refusal_is_not_counted_as_one(
         pytest.raises(OSError, match="not implemented"),
     ):
         vmm.run(20)
+
+
+class TouchKernel(FakeKernel):
+    """A host whose guests get memory at the first touch, and which gives no account of it."""
+
+    def _check_extension(self, owner: object, arg: int) -> int:
+        return 0
+
+
+class TouchGuest(SharingGuest):
+    """Touches `touched`, of its RAM; the host keeps the rest, and what `holes` names as well."""
+
+    touched = range(IMAGE_BASE - RAM_BASE, IMAGE_BASE - RAM_BASE + 2 * PAGE, PAGE)
+
+    def __init__(self, holes: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.kernel = TouchKernel(self.program)
+        self.holes = holes
+
+    def program(self, cpu: int) -> Guest:
+        ram = self.kernel.memories[0]
+        ram.protected = True
+        ram.shared.update(range(0, ram.length, PAGE))
+        ram.shared.difference_update({*self.touched, SHARED_IPA - RAM_BASE} - {*self.holes})
+        ram.bytes[self.touched[1]] ^= 1
+        yield from super().program(cpu)
+
+
+def test_without_an_account_what_is_as_loaded_was_not_touched() -> None:
+    probes, guest = Probes(everything=True), TouchGuest()
+    run(probes, guest)
+    assert probes.tried == probes.refused == len(KINDS) * (2 + 2 + 2)
+    assert probes.shared["load"].tried == 1
+    assert probes.untouched == probes.pages - 7
+    assert not probes.got_through
+
+
+@pytest.mark.parametrize("page", [0, 1])
+def test_without_an_account_a_hole_is_found_all_the_same(page: int) -> None:
+    """Where the guest started, whatever is there; elsewhere by what the guest changed."""
+    probes, guest = Probes(), TouchGuest(holes=(TouchGuest.touched[page],))
+    run(probes, guest)
+    assert probes.tried - probes.refused == 2 * len(KINDS)
+    assert all(f"IPA {(IMAGE_BASE >> 12) + page:#x}" in line for line in probes.got_through)
+
+
+def test_without_an_account_the_bounce_pool_is_shared() -> None:
+    board = Board(ram_bytes=8 << 20, bounce_bytes=1 << 20)
+    pool = board.bounce_base - RAM_BASE
+    probes, guest = Probes(everything=True), TouchGuest()
+
+    def observe(moment: Moment) -> None:
+        guest.kernel.memories[0].bytes[pool + 8] = 1
+        guest.kernel.memories[0].shared.discard(pool + PAGE)  # taken back, say
+        probes.attempt(vmm, moment)
+
+    kvm = Kvm(guest.kernel)
+    with Vmm(kvm, board, IMAGE, console=lambda _: None, observe=observe) as vmm:
+        vmm.run(20)
+    assert not probes.got_through
+    assert probes.shared["load"].tried == 1 + 2 * 255
+    assert probes.shared["load"].refused == 0

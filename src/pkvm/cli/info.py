@@ -31,6 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print what the host offers; the exit status."""
+    options.need_model(args, "info")
+    options.settle(args)
     firmware = options.firmware(args)
     recorder = CountingRecorder()
     with options.make_system(args, recorder, DEFAULT_RAM_BYTES, firmware=firmware) as system:

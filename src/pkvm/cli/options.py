@@ -17,11 +17,26 @@ if TYPE_CHECKING:
     from pkvm.events import Recorder
     from pkvm.system import System
 
+MODEL = "model"
+"""The back-end that is the built-in machine."""
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 CPU_MODELS = ("cortex-a72", "max")
 HOST_BYTES = 32 << 20
 """What the machine has beside the guest's memory: the host's own pages and EL2's carve-out."""
 STEP_BYTES = 2 << 20
+MODEL_DEFAULTS: dict[str, Any] = {
+    "dialect": DEFAULT,
+    "memlock": None,
+    "firmware": None,
+    "host_dtb": None,
+    "kvm_mode": "protected",
+    "cpu_model": CPU_MODELS[0],
+    "clock": "real",
+    "check": False,
+    "trace": None,
+}
+"""Options of the built-in machine, by the names under which argparse keeps them. They are not there
+unless they were given, so that another back-end need not ignore one in silence."""
 FILE_LIMIT = 1 << 30
 """Largest file that is read."""
 
@@ -46,26 +61,30 @@ def seconds(text: str) -> float:
 
 
 def backend(text: str) -> str:
-    """ "model"; a device path is not there yet."""
-    if text == "model":
+    """ "model", or the path of a device."""
+    if text == MODEL or text.startswith("/"):
         return text
-    if text.startswith("/"):
-        raise argparse.ArgumentTypeError(
-            f"{text}: a real kernel cannot be driven yet; leave --backend out to use the model"
-        )
-    raise argparse.ArgumentTypeError(f"{text!r} is not a back-end: there is only 'model'")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a back-end: there are {MODEL} and devices such as /dev/kvm"
+    )
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """What kind of machine."""
-    group = parser.add_argument_group("machine")
+    """What kind of machine. `settle` gives those that are not there their defaults."""
+    group = parser.add_argument_group(
+        "machine", "All but --backend are of the built-in one.", argument_default=argparse.SUPPRESS
+    )
     group.add_argument(
-        "--backend", type=backend, default="model", metavar="NAME", help="model (the only one yet)"
+        "--backend",
+        type=backend,
+        default=MODEL,
+        metavar="NAME",
+        help=f"{MODEL}, the built-in machine (the default), or a device of this computer's kernel "
+        "such as /dev/kvm, on an arm64 host in protected mode",
     )
     group.add_argument(
         "--dialect",
         choices=tuple(DIALECTS),
-        default=DEFAULT,
         help="what protected KVM the host speaks: the mail of 2021, Android's or Linux's own "
         f"(default {DEFAULT})",
     )
@@ -88,7 +107,6 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kvm-mode",
         choices=("protected", "nvhe"),
-        default="protected",
         help="how the host boots, as kvm-arm.mode= of a kernel",
     )
     group.add_argument(
@@ -96,11 +114,10 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--cpu",
         dest="cpu_model",
         choices=CPU_MODELS,
-        default=CPU_MODELS[0],
-        help="the machine's CPU",
+        help=f"the machine's CPU (default {CPU_MODELS[0]})",
     )
     group.add_argument(
-        "--clock", choices=("real", "virtual"), default="real", help="the machine's clock"
+        "--clock", choices=("real", "virtual"), help="the machine's clock (default real)"
     )
     group.add_argument(
         "--virtual-clock",
@@ -109,6 +126,32 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         const="virtual",
         help="the same as --clock virtual: a run repeats exactly",
     )
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Give the built-in machine's options that were not given their defaults. Raises LoadError for
+    one that was given with another back-end."""
+    given = [name for name in MODEL_DEFAULTS if hasattr(args, name)]
+    if args.backend != MODEL:
+        if getattr(args, "unprotected", False):
+            given = [name for name in given if name != "firmware"]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise LoadError(
+                f"{args.backend} is a kernel of its own, and {flags} of the built-in machine: "
+                "leave one or the other out"
+            )
+    for name in MODEL_DEFAULTS.keys() - given:
+        setattr(args, name, MODEL_DEFAULTS[name])
+
+
+def need_model(args: argparse.Namespace, verb: str) -> None:
+    """Raises LoadError where a verb that looks into the built-in machine has another back-end."""
+    if args.backend != MODEL:
+        raise LoadError(
+            f"pkvm {verb} looks into the built-in machine, and {args.backend} is none: leave "
+            "--backend out"
+        )
 
 
 def read_file(path: str, what: str, limit: int = FILE_LIMIT) -> bytes:

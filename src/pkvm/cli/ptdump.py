@@ -39,6 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the guest, print the tables of the moment asked for; the exit status."""
+    options.need_model(args, "ptdump")
+    options.settle(args)
     wanted = guest.load(args)
     firmware = options.firmware(args)
     seen: dict[str, dict[str, Any]] = {}

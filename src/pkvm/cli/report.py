@@ -10,7 +10,6 @@ from pkvm.arm64.smccc import function_name
 from pkvm.cli import status
 from pkvm.events import GuestExit, GuestHypercall, GuestTrap
 from pkvm.trace.counting import CountingRecorder
-from pkvm.uapi.dialects import DEFAULT
 from pkvm.vmm.faults import Faults
 from pkvm.vmm.probes import KINDS, Probes
 from pkvm.vmm.vmm import Outcome, Vmm
@@ -34,18 +33,21 @@ class Result(NamedTuple):
     outcome: Outcome
     seconds: float
     console: str
-    pages: dict[str, Census]
-    """By moment: "shared", "unshared", "end"."""
-    counts: CountingRecorder
     probes: Probes
+    backend: str
+    """What it ran on."""
+    counts: CountingRecorder | None
+    """The events of the built-in machine; None on a real kernel."""
+    pages: dict[str, Census]
+    """Of the built-in machine by moment: "shared", "unshared", "end"."""
+    pinned: dict[str, int]
+    """Of a real kernel by moment: bytes that it keeps where they are for the guest."""
     restarts: int = 0
     """How often the guest was reset and started again."""
     traffic: Sequence[Traffic] = ()
     """Of the virtio devices, in the last life."""
     faults: Faults | None = None
     """Of the virtio devices."""
-    dialect: str = DEFAULT
-    """What protected KVM the host speaks."""
     checked: tuple[int, int] | None = None
     """With --check: exits to the host and transitions after which every invariant held."""
 
@@ -69,7 +71,6 @@ def as_json(result: Result) -> str:
     """One JSON object, on one line."""
     import json
 
-    counts = result.counts
     probes = result.probes
     pages = {moment: _by_owner(census) for moment, census in result.pages.items()}
     shared_tried = sum(tally.tried for tally in probes.shared.values())
@@ -77,14 +78,13 @@ def as_json(result: Result) -> str:
     whole = {
         "outcome": result.outcome.kind,
         "detail": result.outcome.detail,
-        "dialect": result.dialect,
+        "backend": result.backend,
+        "dialect": result.vmm.dialect.name,
         "protected": result.vmm.protected,
         "console": result.console,
         "pages": pages.get("end", {}),
         "pages_by_moment": pages,
-        "exits": counts.counts(GuestExit),
-        "traps": counts.counts(GuestTrap),
-        "hypercalls": _hypercalls(counts),
+        "pinned_by_moment": result.pinned,
         "host_probes": {
             "tried": probes.tried,
             "refused": probes.refused,
@@ -104,10 +104,7 @@ def as_json(result: Result) -> str:
             "untouched_pages": probes.untouched,
             "not_tried": probes.not_tried or None,
         },
-        "refusals": [
-            {"op": op, "check": check, "times": counted.times, "why": counted.last.why}
-            for (op, check), counted in counts.refusal_counts().items()
-        ],
+        **_events(result.counts),
         "devices": [
             {**moved._asdict(), "bounced": result.vmm.protected} for moved in result.traffic
         ],
@@ -115,9 +112,7 @@ def as_json(result: Result) -> str:
             {**fault._asdict(), "times": times}
             for fault, times in (result.faults.counts() if result.faults else {}).items()
         ],
-        "messages": [f"{message.source}: {message.text}" for message in counts.messages()],
         "notes": _notes(result),
-        "events": counts.totals(),
         "checked": dict(zip(("exits", "transitions"), result.checked, strict=True))
         if result.checked
         else None,
@@ -135,30 +130,68 @@ def as_text(result: Result, paint: Paint) -> str:
         "",
         f"{paint('How it ended', 'title')}: "
         + paint(result.outcome.detail, "good" if good else "bad")
-        + f" after {result.seconds:.2f} s ({kind}, dialect {result.dialect})",
+        + f" after {result.seconds:.2f} s ({kind}, back-end {result.backend}, "
+        f"dialect {result.vmm.dialect.name})",
         "",
-        *_page_lines(result.pages, paint),
-        "",
-        f"{paint('Exits to the host', 'title')}: {_list(result.counts.counts(GuestExit))}",
-        f"{paint('Served by EL2', 'title')}: {_list(result.counts.counts(GuestTrap))}",
-        f"{paint('Hypercalls of the guest', 'title')}: {_list(_hypercalls(result.counts))}",
+        *(_page_lines(result.pages, paint) if result.pages else _pinned_lines(result, paint)),
+        *_event_lines(result.counts, paint),
         *_checked_lines(result, paint),
         "",
         *_probe_lines(result.probes, protected=result.vmm.protected, paint=paint),
     ]
     if result.traffic:
         lines += ["", *_device_lines(result, paint)]
-    refusals = sorted(result.counts.refusal_counts().items(), key=lambda item: -item[1].times)
-    if refusals:
-        lines += ["", paint("Refusals", "title")]
-        lines += [
-            f"  {counted.times:>6} x {op}: {counted.last.why}"
-            for (op, _), counted in refusals[:MAX_REFUSALS]
-        ]
+    lines += _refusal_lines(result.counts, paint)
     notes = _notes(result)
     if notes:
         lines += ["", paint("Notes", "title"), *(f"  {note}" for note in notes)]
     return "\n".join(lines)
+
+
+def _events(counts: CountingRecorder | None) -> dict[str, Any]:
+    """What the machine recorded; null for a kernel, which tells nobody."""
+    if counts is None:
+        return dict.fromkeys(("exits", "traps", "hypercalls", "refusals", "messages", "events"))
+    return {
+        "exits": counts.counts(GuestExit),
+        "traps": counts.counts(GuestTrap),
+        "hypercalls": _hypercalls(counts),
+        "refusals": [
+            {"op": op, "check": check, "times": counted.times, "why": counted.last.why}
+            for (op, check), counted in counts.refusal_counts().items()
+        ],
+        "messages": [f"{message.source}: {message.text}" for message in counts.messages()],
+        "events": counts.totals(),
+    }
+
+
+def _event_lines(counts: CountingRecorder | None, paint: Paint) -> list[str]:
+    if counts is None:
+        return []
+    return [
+        "",
+        f"{paint('Exits to the host', 'title')}: {_list(counts.counts(GuestExit))}",
+        f"{paint('Served by EL2', 'title')}: {_list(counts.counts(GuestTrap))}",
+        f"{paint('Hypercalls of the guest', 'title')}: {_list(_hypercalls(counts))}",
+    ]
+
+
+def _refusal_lines(counts: CountingRecorder | None, paint: Paint) -> list[str]:
+    if counts is None or not counts.refusal_counts():
+        return []
+    refusals = sorted(counts.refusal_counts().items(), key=lambda item: -item[1].times)
+    lines = ["", paint("Refusals", "title")]
+    lines += [
+        f"  {counted.times:>6} x {op}: {counted.last.why}"
+        for (op, _), counted in refusals[:MAX_REFUSALS]
+    ]
+    return lines
+
+
+def _pinned_lines(result: Result, paint: Paint) -> list[str]:
+    title = paint("Memory that the kernel keeps for the guest", "title")
+    kept = ", ".join(f"{moment} {size >> 10} KiB" for moment, size in result.pinned.items())
+    return [f"{title}: {kept}"] if kept else []
 
 
 def _checked_lines(result: Result, paint: Paint) -> list[str]:

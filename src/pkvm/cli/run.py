@@ -6,27 +6,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
-from pkvm.cli import devices, guest, options, session, terminal
+from pkvm.cli import backends, devices, guest, options, session, terminal
 from pkvm.cli.report import Result, as_json, as_text
 from pkvm.events import GuestExit
-from pkvm.trace.counting import CountingRecorder
 from pkvm.vmm.lives import Lives
 from pkvm.vmm.probes import Probes
 from pkvm.vmm.vmm import Moment, Outcome, Vmm
 
 if TYPE_CHECKING:
     from pkvm.check.census import Census
-    from pkvm.check.door import CheckedSystem
-    from pkvm.system import System
-    from pkvm.trace.jsonl import JsonLinesRecorder
 
-VIRTUAL_EPOCH_NS = 1_767_225_600 * 1_000_000_000
-"""Where the calendar stands as a machine with the virtual clock starts: 2026-01-01, UTC."""
 QUIT = Outcome("interrupted", "ended at the console (escape key, then q)")
 
 
@@ -57,14 +49,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--check",
         action="store_true",
+        default=argparse.SUPPRESS,
         help="check every invariant at each exit to the host (slow)",
     )
-    group.add_argument("--trace", metavar="FILE", help="write every event as a JSON line")
+    group.add_argument(
+        "--trace",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="write every event as a JSON line",
+    )
     group.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Run the guest and report; the exit status."""
+    options.settle(args)
     virtio = devices.Devices(args)
     with closing(virtio):
         return _run(args, virtio)
@@ -78,42 +77,31 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         virtio.add(hvc)
     wanted = guest.load(args, virtio.by_slot)
     firmware = options.firmware(args)
-    counting = CountingRecorder()
     seed = options.seed_of(args)
-    probes = Probes(
-        seed=seed or 0,
-        everything=args.probe_all,
-        account=lambda: system.shared_by_guests(),
-        private=lambda: system.private_to_guests(),
-    )
     pages: dict[str, Census] = {}
+    pinned: dict[str, int] = {}
 
     def observe(moment: Moment) -> None:
         probes.attempt(lives.vmm, moment)
-        pages[moment.value] = system.census()
+        if model is None:
+            pinned[moment.value] = backends.pinned_bytes()
+        else:
+            pages[moment.value] = model.system.census()
 
     with ExitStack() as stack:
         stack.callback(console.close)
-        trace = None
-        if args.trace is not None:
-            trace = stack.enter_context(_traced(args.trace, counting))
-        system = options.make_system(
-            args,
-            counting if trace is None else trace,
-            wanted.board.ram_bytes,
-            firmware=firmware,
-            check=args.check,
+        backend = backends.enter(stack, args, wanted.board.ram_bytes, firmware)
+        model = backend.model
+        probes = Probes(
+            seed=seed or 0,
+            everything=args.probe_all,
+            account=None if model is None else model.system.shared_by_guests,
+            private=None if model is None else model.system.private_to_guests,
         )
-        # After the system's end: what is broken breaks more when the rest is taken apart.
-        stack.callback(_blame, system.checked)
-        stack.callback(system.close)
-        if trace is not None:
-            trace.now_ns = system.machine.clock.now_ns
-        kvm = stack.enter_context(system.open())
 
         def make(life: int) -> Vmm:
             return Vmm(
-                kvm,
+                backend.kvm,
                 guest.seeded(wanted, seed, life),
                 wanted.image,
                 initrd=wanted.initrd,
@@ -123,7 +111,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
                 source=person.take if hvc is None else None,
                 plug=virtio.plug,
                 observe=observe,
-                wall_clock=_calendar(system) if args.clock == "virtual" else None,
+                wall_clock=None if model is None else model.wall_clock,
             )
 
         lives = stack.enter_context(Lives(make, reboot=not args.no_reboot))
@@ -133,7 +121,7 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
             arrived=lives.arrived if hvc is None else hvc.arrived,
             resized=None if hvc is None else hvc.resize,
             on_quit=lambda: lives.stop(QUIT),
-            on_inspect=lambda: _inspect(wanted.board.cpus, system, counting),
+            on_inspect=lambda: _inspect(wanted.board.cpus, model),
         )
         started = time.perf_counter()
         outcome = lives.run(args.timeout)
@@ -143,32 +131,19 @@ def _run(args: argparse.Namespace, virtio: devices.Devices) -> int:
         outcome,
         seconds,
         console.text,
-        pages,
-        counting,
         probes,
+        backend.name,
+        None if model is None else model.counts,
+        pages,
+        pinned,
         lives.restarts,
         virtio.traffic(),
         virtio.faults,
-        args.dialect,
-        None if system.checked is None else (system.checked.exits, system.checked.transitions),
+        None if model is None else model.checked,
     )
     paint = terminal.painter(sys.stdout)
     terminal.write_line(as_json(result) if args.json else as_text(result, paint))
     return result.status
-
-
-def _blame(checked: CheckedSystem | None) -> None:
-    """Raises InvariantError if that is what went wrong first."""
-    if checked is not None and checked.problems:
-        from pkvm.check.door import InvariantError
-
-        raise InvariantError(checked.problems)
-
-
-def _calendar(system: System) -> Callable[[], int]:
-    """The time since the Epoch by the machine's clock, in nanoseconds."""
-    clock = system.machine.clock
-    return lambda: VIRTUAL_EPOCH_NS + clock.now_ns()
 
 
 def _interactive(args: argparse.Namespace) -> bool:
@@ -176,32 +151,16 @@ def _interactive(args: argparse.Namespace) -> bool:
     return not args.json and (args.console is not None or args.kernel is not None)
 
 
-def _inspect(cpus: int, system: System, counting: CountingRecorder) -> str:
+def _inspect(cpus: int, model: backends.Model | None) -> str:
     """What the guest is doing, in one paragraph."""
-    exits = counting.counts(GuestExit)
-    census = system.census()
+    vcpus = f"{cpus} vCPU{'s' if cpus > 1 else ''}"
+    if model is None:
+        return f"{vcpus}; the host's kernel keeps {backends.pinned_bytes() >> 10} KiB for the guest"
+    exits = model.counts.counts(GuestExit)
+    census = model.system.census()
     most = sorted(exits.items(), key=lambda item: -item[1])[:4]
     return (
-        f"{cpus} vCPU{'s' if cpus > 1 else ''}; {sum(exits.values())} exits to the host"
+        f"{vcpus}; {sum(exits.values())} exits to the host"
         f" ({', '.join(f'{reason} {times}' for reason, times in most)}); pages of the guest: "
         f"{census.guest['owned']} private, {census.guest['shared_with_host']} shared with the host"
     )
-
-
-@contextmanager
-def _traced(path: str, tee: CountingRecorder) -> Iterator[JsonLinesRecorder]:
-    """A recorder that writes to a new file at `path`. Raises OSError if it cannot be made,
-    TraceError at the end if not all could be written."""
-    # Imported here: only a trace needs json on the way in.
-    from pkvm.trace.jsonl import JsonLinesRecorder, TraceError
-
-    with Path(path).open("w", encoding="utf-8") as file:
-        trace = JsonLinesRecorder(file, tee=tee)
-        try:
-            yield trace
-        finally:
-            try:
-                with file:
-                    trace.finish()
-            except OSError as error:
-                raise TraceError(f"{path}: the trace is not whole: {error.strerror}") from error

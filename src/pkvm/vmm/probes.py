@@ -135,6 +135,10 @@ class Probes:
     gives the IPAs of the pages that are shared now, for those who can know. Where a guest gets its
     memory at the first touch, what it has not touched is the host's, and nothing is tried on it;
     `private` gives the IPAs of the others.
+
+    Who cannot know, as on a real kernel, goes by what a load finds: a page that still holds what
+    the VMM put there, and is not where the guest started, was not touched; one of the bounce pool
+    is shared.
     """
 
     def __init__(
@@ -188,15 +192,19 @@ class Probes:
                 unannounced: Container[int] = ()
             else:
                 unannounced = self._account()
-            touched = None
-            if self._private is not None and vmm.protected and vmm.gets_memory_by_touch:
-                touched = self._private()
+            by_touch = vmm.protected and vmm.gets_memory_by_touch
+            touched = self._private() if self._private is not None and by_touch else None
+            blind = by_touch and moment is not Moment.UNSHARED
             for page in self._choose(vmm, moment):
                 self.pages += 1
                 announced = any(shared.holds(page.ipa) for shared in _usable(vmm))
                 if announced or page.ipa in unannounced:
                     self._attempt_shared(ways, page)
                 elif touched is not None and page.ipa not in touched:
+                    self.untouched += 1
+                elif self._account is None and blind and _bounces(vmm, page):
+                    self._attempt_shared(ways, page)
+                elif self._private is None and blind and _is_as_loaded(vmm, page):
                     self.untouched += 1
                 else:
                     self._attempt_private(ways, page)
@@ -299,6 +307,41 @@ def _usable(vmm: Vmm) -> list[SharedRange]:
     guest shared by MEM_SHARE."""
     ranges = vmm.sharing.ranges.values()
     return [shared for shared in ranges if shared.by_hypercall or not vmm.protected]
+
+
+def _content(page: Page) -> bytes | None:
+    """The page as a load finds it; None where that is refused."""
+    try:
+        return page.memory.read(page.offset, PAGE_SIZE)
+    except ProtectedPageError:
+        return None
+
+
+def _bounces(vmm: Vmm, page: Page) -> bool:
+    """Whether the page is one of the bounce pool that can be used."""
+    return (
+        bool(vmm.board.bounce_bytes)
+        and page.memory is vmm.ram
+        and page.ipa >= vmm.board.bounce_base
+        and _content(page) is not None
+    )
+
+
+def _is_as_loaded(vmm: Vmm, page: Page) -> bool:
+    """Whether the page can be used and holds what the VMM put there before the guest ran; never so
+    where the guest started."""
+    if page.ipa <= vmm.image.entry < page.ipa + PAGE_SIZE:
+        return False
+    parts = [(segment.ipa, segment.data) for segment in vmm.image.segments]
+    parts.append((board.DTB_BASE, vmm.device_tree))
+    if vmm.initrd is not None:
+        parts.append((vmm.initrd.ipa, vmm.initrd.data))
+    loaded = bytearray(PAGE_SIZE)
+    for ipa, data in parts:
+        start, end = max(ipa, page.ipa), min(ipa + len(data), page.ipa + PAGE_SIZE)
+        if start < end:
+            loaded[start - page.ipa : end - page.ipa] = data[start - ipa : end - ipa]
+    return _content(page) == bytes(loaded)
 
 
 def _try_read(

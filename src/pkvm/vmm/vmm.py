@@ -221,7 +221,8 @@ class Vmm:
                 raise
             raise LoadError(
                 "this host offers no protected VMs (KVM_CAP_ARM_PROTECTED_VM is 0, and "
-                "KVM_CREATE_VM has no bit 31): boot it in protected mode, or run with --unprotected"
+                "KVM_CREATE_VM has no bit 31): boot it in protected mode "
+                "(kvm-arm.mode=protected), or run with --unprotected"
             ) from error
         return self.kvm.create_vm()
 
