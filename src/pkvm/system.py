@@ -123,10 +123,10 @@ class System:
             policy=POLICIES[dialect],
         )
         self.hyp.initialise()
-        door = self.hyp.host_call
+        door, smc = self.hyp.host_call, self.machine.smc
         if self.checked is not None:
-            self.checked.attach(self.hyp)
-            door = self.checked.host_call
+            self.checked.attach(self.hyp, self.machine)
+            door, smc = self.checked.host_call, self.checked.smc
         counted = clock == "virtual"
         self.host = HostKernel(
             self.machine.host_bus,
@@ -145,6 +145,8 @@ class System:
             dialect=self.dialect,
             memlock=memlock,
             entropy=_repeated_bytes() if counted else os.urandom,
+            smc=smc,
+            cpu_buses=[cpu.bus for cpu in self.machine.host_cpus.cpus],
         )
         self.machine.on_interrupt = self.host.interrupt
         self.kernel: Kernel = self.host

@@ -76,7 +76,9 @@ def bus_tlbs(view: View) -> Iterator[str]:
     """P9: no bus keeps a translation that its tables do not give any more."""
     if not view.first_guest:
         return
-    for tree, bus in ((HOST, view.mem.host.host_bus), (DMA, view.mem.host.dma_bus)):
+    host, dma = view.mem.host.host_bus, view.mem.host.dma_bus
+    cpus = [host, *host.peers] if isinstance(host, Bus) else []
+    for tree, bus in (*((HOST, cpu) for cpu in cpus), (DMA, dma)):
         if not isinstance(bus, Bus) or bus.context is None:
             continue
         context = view.forest.trees[tree].context

@@ -28,7 +28,9 @@ class Snapshot:
                 self._parts[f"{name}'s memcache"] = vm.memcache.pages()
                 for pa in [*iter_tables(memory, context), *vm.memcache.pages()]:
                     self._parts[f"{name}'s page {pa:#x}"] = memory.read(pa, PAGE_SIZE)
-            for bus in (mem.host.host_bus, mem.host.dma_bus):
+            host = mem.host.host_bus
+            peers = host.peers if isinstance(host, Bus) else ()
+            for bus in (host, *peers, mem.host.dma_bus):
                 if isinstance(bus, Bus):
                     self._parts[f"the {bus.name} TLB"] = sorted(
                         bus.tlb_entries(), key=lambda entry: (entry.ipa, entry.access.value)

@@ -84,18 +84,19 @@ class Watch:
         self._grid = mem.memory.u64.reshape(-1, TABLE_ENTRIES)
         self._private = bytearray((mem.vmemmap.states == GUEST_OWNED).tobytes())
         """By page number within RAM: 1 if it was private when last looked at."""
-        self._secure: set[int] = set()
+        self.secure: set[int] = set()
         """PFNs that the host shares with the secure world."""
         buses = (mem.host.host_bus, mem.host.dma_bus)
         self._buses = [bus for bus in buses if isinstance(bus, Bus)] if mem.protected else []
+        self._other_cpus = [peer for bus in self._buses for peer in bus.peers]
 
     def look(self, event: Transition) -> list[str]:
         """What is wrong with the pages of a transition that has just happened, in words."""
         first = event.pa >> PAGE_SHIFT
         if event.op == "host_share_ffa":
-            self._secure.update(range(first, first + event.npages))
+            self.secure.update(range(first, first + event.npages))
         elif event.op == "host_unshare_ffa":
-            self._secure.difference_update(range(first, first + event.npages))
+            self.secure.difference_update(range(first, first + event.npages))
         if event.npages > FEW:
             return self._look_at_many(event)
         problems: list[str] = []
@@ -118,7 +119,7 @@ class Watch:
             for offset in np.flatnonzero(left).tolist()
         ]
         self._private[part] = (now == GUEST_OWNED).tobytes()
-        return problems + check(self._mem, self._vms(), self._secure, self._scratch)
+        return problems + check(self._mem, self._vms(), self.secure, self._scratch)
 
     def _look(self, pa: int, vm: GuestMemory | None, ipa: int, problems: list[str]) -> None:
         """One page, which the VM has, or had, at byte `ipa`."""
@@ -191,6 +192,9 @@ class Watch:
         if lost:
             for bus in self._buses:
                 if bus.holds(pa):
+                    problems.append(f"P9: the {bus.name} TLB still has {pa:#x}")
+            for bus in self._other_cpus:
+                if bus.context is not None and bus.holds(pa):
                     problems.append(f"P9: the {bus.name} TLB still has {pa:#x}")
 
     def _look_at_table(self, index: int, problems: list[str]) -> None:

@@ -13,6 +13,7 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 from pkvm.events import Ioctl as IoctlEvent
 from pkvm.events import Recorder
@@ -36,6 +37,12 @@ from pkvm.uapi.errors import HostOopsError
 from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
 from pkvm.uapi.memory import Backing, Change
 
+if TYPE_CHECKING:
+    from pkvm.host.cpus import HostCpus, Smc
+    from pkvm.host.ffa import FfaDriver
+
+FFA_VERSION = 0x1_0002
+"""FF-A 1.2, what the driver asks for."""
 FIRST_FD = 3
 MAX_FDS = 1024
 """RLIMIT_NOFILE."""
@@ -77,6 +84,7 @@ class HostKernel:
     memory that no 2 MiB block can map. `alarms` are the machine's timers; without them nothing
     ends a guest's wait for its physical timer. `dialect` is what protected KVM it speaks,
     `memlock` the VMM's RLIMIT_MEMLOCK in bytes (None: unlimited), `entropy` gives random bytes.
+    `smc` is the SMC instruction of each host CPU, `cpu_buses` their ways to memory.
     """
 
     def __init__(
@@ -99,6 +107,8 @@ class HostKernel:
         dialect: Dialect = RFC,
         memlock: int | None = None,
         entropy: Callable[[int], bytes] = os.urandom,
+        smc: Smc | None = None,
+        cpu_buses: Sequence[Bus] = (),
     ) -> None:
         pages = PageAllocator(bus, ram, misalign=misalign)
         users = UserSpace(bus, bus_faults, pages)
@@ -130,6 +140,11 @@ class HostKernel:
         self._files: dict[int, File] = {}
         self._run_pages: set[HostRunPage] = set()
         self._down = False
+        self._bus = bus
+        self._smc = smc
+        self._cpu_buses = cpu_buses
+        self._ffa: FfaDriver | None = None
+        self._ffa_pages: int | None = None
 
     @property
     def firmware(self) -> FirmwareRegion | None:
@@ -150,6 +165,47 @@ class HostKernel:
     def free_pages(self) -> int:
         """Pages of RAM that nobody uses."""
         return self._host.pages.free_pages
+
+    def pa(self, address: int, length: int = 1) -> int:
+        """PA of a byte of the VMM's memory, as pagemap tells it to root; `length` bytes from there
+        are contiguous. Raises EFAULT."""
+        return self._host.users.pa(address, length)
+
+    def smc(self, registers: tuple[int, ...], immediate: int = 0, cpu: int = 0) -> tuple[int, ...]:
+        """The kernel's SMC on a host CPU: X0-X17 before and after; none after if it does not
+        return. Raises ENODEV without firmware, ValueError for a CPU without power."""
+        if self._smc is None:
+            raise OSError(errno.ENODEV, "the machine has no firmware to call")
+        self._lock.enter()
+        try:
+            return self._smc(registers, immediate, cpu)
+        finally:
+            self._lock.leave()
+
+    @property
+    def cpus(self) -> HostCpus:
+        """The host's CPUs, to turn on and off."""
+        from pkvm.host.cpus import HostCpus  # most hosts leave them as they are
+
+        return HostCpus(self.smc, self._cpu_buses)
+
+    def ffa(self, version: int = FFA_VERSION) -> FfaDriver:
+        """The FF-A driver, with its buffers mapped. The first call makes it, and `version` counts
+        for that one alone. Raises ENODEV without firmware, ENOMEM, `ffa.FfaCallError`."""
+        from pkvm.host.ffa import FfaDriver  # most hosts do not talk to the secure world
+
+        if self._ffa is None:
+            if self._ffa_pages is None:
+                self._lock.enter()
+                try:
+                    self._ffa_pages = self._host.pages.alloc(2)
+                finally:
+                    self._lock.leave()
+            tx = self._ffa_pages
+            driver = FfaDriver(self.smc, self._bus, tx, tx + PAGE_SIZE, version)
+            driver.map_buffers()
+            self._ffa = driver
+        return self._ffa
 
     def interrupt(self) -> bool:
         """A timer of the CPU's is due: a vCPU that waits may have an interrupt. From the machine's
