@@ -10,13 +10,13 @@ import pytest
 
 from fakes.host_fakes import BLOCK, PAGE, FakeVcpu, Guest, errno_of
 from fakes.host_machine import DEVICE, RAM_IPA, TIMEOUT_S, Machine, dabt
-from pkvm.arm64.esr import EC, EC_SHIFT, IL, SF, SRT_SHIFT, SSE
+from pkvm.arm64.esr import CM, EC, EC_SHIFT, IL, SF, SRT_SHIFT, SSE
 from pkvm.arm64.registers import SCTLR_EE
 from pkvm.host.files import VcpuFile
 from pkvm.hyp.abi import ExitCode, HostCall, HostVcpu, HypRequest, VcpuFlag
 from pkvm.uapi import kvm as uapi
 
-EPERM, EINTR, ENOEXEC, ENOMEM, EFAULT, EINVAL = 1, 4, 8, 12, 14, 22
+EPERM, EINTR, ENOEXEC, ENOMEM, EFAULT, EINVAL, ENOSYS = 1, 4, 8, 12, 14, 22, 38
 MASK64 = (1 << 64) - 1
 
 
@@ -109,9 +109,9 @@ def test_a_non_protected_load_fills_its_register(more: int, answer: bytes, expec
 def test_what_cannot_be_emulated_is_an_external_abort(protected: bool) -> None:
     seen: list[int] = []
     fetch = {**dabt(DEVICE), "esr": EC.IABT_LOW << EC_SHIFT | IL | 7}
-    exits = [dabt(DEVICE, isv=False), dabt(DEVICE, more=1 << 7), fetch]
+    exits = [dabt(DEVICE, more=1 << 7), fetch]
     if protected:
-        exits += [dabt(RAM_IPA), {**fetch, "hpfar": RAM_IPA >> 8}]
+        exits += [dabt(DEVICE, isv=False), dabt(RAM_IPA), {**fetch, "hpfar": RAM_IPA >> 8}]
 
     def guest(vcpu: FakeVcpu) -> Iterator[int]:
         for one in exits:
@@ -121,6 +121,20 @@ def test_what_cannot_be_emulated_is_an_external_abort(protected: bool) -> None:
     machine = Machine(guest, protected=protected)
     assert errno_of(machine.run) == EINVAL
     assert seen == [VcpuFlag.PENDING_EXCEPTION] * len(exits)
+    machine.close()
+
+
+def test_without_a_syndrome_a_plain_guest_stops_and_cache_maintenance_does_nothing() -> None:
+    seen: list[int] = []
+
+    def guest(vcpu: FakeVcpu) -> Iterator[int]:
+        yield vcpu.publish(**dabt(DEVICE, isv=False, more=CM))
+        seen.append(vcpu.flags)
+        yield vcpu.publish(**dabt(DEVICE, isv=False))
+
+    machine = Machine(guest, protected=False)
+    assert errno_of(machine.run) == ENOSYS
+    assert seen == [VcpuFlag.INCREMENT_PC]
     machine.close()
 
 

@@ -67,13 +67,12 @@ def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
     user = slot.user + (gfn << PAGE_SHIFT) - slot.ipa
     host.memlock.charge(npages)
     try:
-        mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
-        run, first = mapping.run, mapping.offset + user - mapping.address >> PAGE_SHIFT
-        _donate(vm, run.pfn + first, gfn, npages)
+        place = host.users.pinnable(user, npages, protected=True)
+        _donate(vm, place.pfn, gfn, npages)
     except OSError:
         host.memlock.release(npages)
         raise
-    vm.pin(run, first, npages)
+    vm.pin(place)
     vm.donated[gfn] = npages
 
 

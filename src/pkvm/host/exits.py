@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64.bits import MASK64
-from pkvm.arm64.esr import EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S1PTW, WNR
+from pkvm.arm64.esr import CM, EC, FSC_MASK, FSC_PERMISSION, HPFAR_FIPA_MASK, ISV, S1PTW, WNR
 from pkvm.arm64.registers import PSTATE_EL0T, PSTATE_MODE_MASK, SCTLR_E0E, SCTLR_EE
 from pkvm.host import donation, faults, guest_calls, sysregs
 from pkvm.host.host import IPA_BITS
@@ -34,6 +34,7 @@ _INCREMENT_PC = int(VcpuFlag.INCREMENT_PC)
 _PENDING_EXCEPTION = int(VcpuFlag.PENDING_EXCEPTION)
 _SMC_IMMEDIATE = 0xFFFF
 _MMIO_DATA = Run.UNION + 8
+_MMIO_DATA_END = _MMIO_DATA + 8
 _FSC_KIND = 0x3C
 _XZR = 31
 _W_MASK = (1 << 32) - 1
@@ -135,11 +136,13 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     if not vm.isolated:
         x0, sctlr = _registers(vcpu, esr)
     big_endian = sctlr != 0 and _is_big_endian(pstate, sctlr)
-    data = 0
     if is_write:
         data = x0 & mask
         if big_endian:
             data = int.from_bytes(data.to_bytes(size, "big"), "little")
+    else:
+        # What was there stays there, and is the answer of a VMM that gives none.
+        data = int.from_bytes(vcpu.run[_MMIO_DATA:_MMIO_DATA_END], "little")
     vcpu.mmio = (size, is_write, big_endian, esr)
     _pack_mmio(vcpu.run, _MMIO_AT, _MMIO_EXIT, ipa, data, size, is_write)
     return True
@@ -163,10 +166,20 @@ def _device_access(vcpu: Vcpu, results: Results) -> Access | None:
         if not (slot.readonly and esr & FSC_MASK & _FSC_KIND == FSC_PERMISSION):
             faults.share(vm, slot, ipa, write=bool(esr & WNR) and esr >> _EC_SHIFT != _IABT)
             return None
-    is_access = esr & ISV and not esr & S1PTW and esr >> _EC_SHIFT != _IABT
-    if not is_access or ipa >> IPA_BITS:
-        # No instruction to emulate, or no address that the VM could have a device at.
+    if esr & S1PTW or esr >> _EC_SHIFT == _IABT or ipa >> IPA_BITS:
+        # No access to emulate, or no address that the VM could have a device at.
         vcpu.tell(_PENDING_EXCEPTION)
+        return None
+    if not esr & ISV:
+        if vm.protected:
+            vcpu.tell(_PENDING_EXCEPTION)
+        elif esr & CM:
+            vcpu.tell(_INCREMENT_PC)
+        else:
+            raise OSError(
+                errno.ENOSYS, f"the guest's access to IPA {ipa:#x} is by an instruction that its "
+                "syndrome does not describe"
+            )  # fmt: skip
         return None
     size = 1 << (esr >> _SAS_SHIFT & 3)
     access = (ipa, size, bool(esr & WNR), (1 << 8 * size) - 1)

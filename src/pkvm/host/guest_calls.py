@@ -93,12 +93,12 @@ def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
 
 def call(vcpu: Vcpu) -> bool:
     """Serve the HVC or SMC of a guest whose registers the host sees; True if KVM_RUN returns with a
-    system event.
+    system event. Linux speaks SMCCC 1.1 to it, which has no SVE hint.
 
     Raises KickedError out of a CPU_SUSPEND.
     """
     x0, x1, x2, x3 = (vcpu.word(HostVcpu.X + 8 * n) for n in range(4))
-    function = x0 & _MASK32 & ~smccc.SVE_HINT
+    function = x0 & _MASK32
     if not function & _SMC64:
         x1, x2, x3 = x1 & _MASK32, x2 & _MASK32, x3 & _MASK32
     if function == smccc.Function.VENDOR_UID:

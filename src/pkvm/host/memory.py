@@ -16,8 +16,8 @@ from pkvm.host.mm import UserSpace
 from pkvm.uapi.errors import ProtectedPageError
 from pkvm.uapi.memory import Backing, Change, Forced, SystemCall
 
-_UTSNAME_BYTES = 390
-_PATH_MAX = 4096
+_UTSNAME = b"Linux".ljust(390, b"\0")
+_TIMESPEC_BYTES = 16
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -82,22 +82,21 @@ class HostMemory:
     def system_call(self, what: SystemCall, offset: int, length: int) -> int:
         """Use a part as a system call's buffer; what it returned. Raises ValueError outside the
         mapping, EFAULT, ENOENT for the path of a file."""
-        if what is SystemCall.OPEN:
-            self._load(offset, min(_PATH_MAX, self.length - offset), what.words)
-            raise OSError(errno.ENOENT, "open: the built-in host has no such file")
         if what is SystemCall.NANOSLEEP:
-            length = 16
-        elif what is SystemCall.UNAME:
-            length = _UTSNAME_BYTES
+            length = _TIMESPEC_BYTES
         try:
             if what.writes:
-                self._store(offset, bytes(length), what.words)
+                data = _UTSNAME if what is SystemCall.UNAME else bytes(length)
+                self._store(offset, data, what.words)
+            elif what is SystemCall.OPEN:
+                self._load(offset, 1, what.words)
+                raise OSError(errno.ENOENT, "open: the built-in host has no such file")
             else:
                 self._load(offset, length, what.words)
         except ProtectedPageError as error:
             done = error.address - self.address - offset
             if not (what.partial and done):
-                raise
+                raise OSError(errno.EFAULT, error.strerror) from error
             return done
         return length if what not in (SystemCall.NANOSLEEP, SystemCall.UNAME) else 0
 

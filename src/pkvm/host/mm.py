@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from pkvm.host.pages import PageAllocator, PageRun, Place
+from pkvm.host.pages import PageAllocator, PageRun, Part, Place
 from pkvm.host.ports import PAGE_MASK, PAGE_SHIFT, Bus, BusFaults
 from pkvm.uapi.memory import Backing, Change
 
@@ -33,11 +33,11 @@ _ANONYMOUS = frozenset({Backing.ANONYMOUS, Backing.HUGE, Backing.ZERO})
 
 
 class Mapping:
-    """Bytes [offset, offset + length) of `run` at user address `address`: a VMA."""
+    """Bytes [offset, offset + length) of `run`, held by it, at user address `address`: a VMA."""
 
     __slots__ = (
-        "address", "backing", "hold", "length", "locked", "offset", "readable", "run",
-        "to_children", "whole", "writable",
+        "address", "backing", "length", "locked", "offset", "readable", "run", "to_children",
+        "whole", "writable",
     )  # fmt: skip
 
     def __init__(
@@ -49,7 +49,6 @@ class Mapping:
         self.backing = backing
         self.offset = offset
         self.length = run.length - offset if length is None else length
-        self.hold = run.hold((offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT))
         self.readable = self.writable = self.whole = True
         """`whole`: it is as it was made, and where."""
         self.locked = backing is Backing.SECRET
@@ -61,15 +60,14 @@ class Mapping:
         return self.run.pa + self.offset
 
     @property
+    def held(self) -> Part:
+        """What it holds of the run."""
+        return Part(self.offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT)
+
+    @property
     def end(self) -> int:
         """First user address after it."""
         return self.address + self.length
-
-    def move_to(self, run: PageRun, offset: int) -> None:
-        """Map other pages in place of its own."""
-        self.run.release(self.hold)
-        self.run, self.offset = run, offset
-        self.hold = run.hold((offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT))
 
     def part(self, start: int, end: int, address: int) -> Mapping:
         """The same pages as those at user addresses [start, end), at `address`."""
@@ -78,6 +76,7 @@ class Mapping:
         )
         made.readable, made.writable = self.readable, self.writable
         made.locked, made.to_children = self.locked, self.to_children
+        self.run.hold(made.held)
         return made
 
 
@@ -112,7 +111,7 @@ class UserSpace:
         self._changing(inside)
         self._put(inside, [])
         for mapping in inside:
-            mapping.run.release(mapping.hold)
+            mapping.run.release([mapping.held])
 
     def change(self, what: Change, address: int, length: int) -> None:
         """munmap, mprotect, madvise, ... of [address, address+length). Raises EINVAL for what does
@@ -147,7 +146,7 @@ class UserSpace:
         target = self._copy(inside, address, length)
         self._put(inside, [])
         for mapping in inside:
-            mapping.run.release(mapping.hold)
+            mapping.run.release([mapping.held])
         return target, length
 
     def alias(self, address: int, length: int) -> tuple[int, int]:
@@ -173,20 +172,21 @@ class UserSpace:
     def place(self, address: int, npages: int) -> Place:
         """The `npages` pages at a page-aligned user address, contiguous. Raises EFAULT."""
         mapping = self.find(address, npages << PAGE_SHIFT)
-        first = mapping.offset + address - mapping.address >> PAGE_SHIFT
-        return Place(mapping.run, first, npages)
+        offset = mapping.offset + address - mapping.address
+        return Place(mapping.run, Part(offset >> PAGE_SHIFT, npages))
 
-    def pinned(self, address: int, length: int, *, protected: bool) -> Mapping:
-        """The mapping of what KVM takes for a guest to read and write (pin_user_pages). Raises
-        EFAULT where nothing writable is mapped, and the errno of memory that cannot be pinned."""
-        mapping = self.find(address, length)
+    def pinnable(self, address: int, npages: int, *, protected: bool) -> Place:
+        """The pages that KVM takes for a guest to read and write (pin_user_pages). Raises EFAULT
+        where nothing writable is mapped, and the errno of memory that cannot be pinned."""
+        mapping = self.find(address, npages << PAGE_SHIFT)
         if not mapping.writable:
             raise OSError(errno.EFAULT, f"the VMM may not write to {address:#x}")
         backing = mapping.backing
         number = backing.protected_errno if protected else backing.plain_errno
         if number:
             raise OSError(number, f"{backing.words} is no memory for such a guest: {address:#x}")
-        return mapping
+        offset = mapping.offset + address - mapping.address
+        return Place(mapping.run, Part(offset >> PAGE_SHIFT, npages))
 
     def pa(self, address: int, length: int) -> int:
         """PA of user address `address`; [address, address+length) is contiguous from there.
@@ -267,12 +267,16 @@ class UserSpace:
                 continue
             base = other.address - other.offset
             for part in self._cut(base + low, base + high):
-                part.move_to(fresh, low - start)
+                part.run.release([part.held])
+                part.run, part.offset = fresh, low - start
+                fresh.hold(part.held)
+        fresh.release([Part(0, fresh.npages)])
 
     def _renew(self, mapping: Mapping) -> None:
         """Put new, zeroed pages into a private mapping."""
         fresh = PageRun(self._pages, mapping.length >> PAGE_SHIFT)
-        mapping.move_to(fresh, 0)
+        mapping.run.release([mapping.held])
+        mapping.run, mapping.offset = fresh, 0
 
     def _changing(self, mappings: list[Mapping]) -> None:
         for mapping in mappings:
@@ -320,7 +324,7 @@ class UserSpace:
             self._put(gone, made)
             for one in gone:
                 one.whole = False
-                one.run.release(one.hold)
+                one.run.release([one.held])
         return inside
 
     def _put(self, gone: list[Mapping], made: list[Mapping]) -> None:

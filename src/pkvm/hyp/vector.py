@@ -29,6 +29,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 Handler = Callable[[Vcpu, int], bool]
 """(vcpu, ESR_EL2) -> whether to go on with the guest."""
 _CLASSES = 64
+_W_MASK = 0xFFFF_FFFF
 _AARCH32 = "the guest is in AArch32 state"
 
 
@@ -210,17 +211,19 @@ class Vector:
     # Protected, but not isolated
 
     def _hvc_exposed(self, vcpu: Vcpu, esr: int) -> bool:
-        """EL2 serves what is about memory, the host everything else."""
+        """EL2 serves what is about memory, the host everything else. Both speak SMCCC 1.1, which
+        has no SVE hint: a function id with it is another one's."""
         engine = self._engine
         x0, x1, x2, x3 = engine.args()
-        service = self._calls.services.get(x0 & FUNCTION_MASK)
+        function = x0 & _W_MASK
+        service = self._calls.services.get(function)
         if service is None:
             return self._to_host(vcpu, esr)
         results = service(vcpu, x1, x2, x3)
         if results is None:
             return False
         engine.set_results(*results)
-        self._record(GuestHypercall(vcpu.handle, vcpu.index, x0 & FUNCTION_MASK, results[0]))
+        self._record(GuestHypercall(vcpu.handle, vcpu.index, function, results[0]))
         return True
 
     def _sys64_exposed(self, vcpu: Vcpu, esr: int) -> bool:

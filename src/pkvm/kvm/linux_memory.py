@@ -39,6 +39,10 @@ _PROTECTION = {
     Change.READ_ONLY: _PROT_READ,
     Change.READ_WRITE: _PROT_READ | _PROT_WRITE,
 }
+_RETURNS_LONG = frozenset(
+    {"mmap", "mremap", "process_vm_readv", "process_vm_writev", "read", "syscall", "vmsplice"}
+)
+"""Functions that return an address or a ssize_t, and no int."""
 _POINTER = (1 << 64) - 1
 _MEMFD_SECRET = 447
 """memfd_secret(2), of which the C library knows nothing; the number is the same everywhere."""
@@ -60,7 +64,7 @@ def call(name: str, *args: int | ctypes.Array[ctypes.c_char] | None) -> int:
     """Call a function of the C library's with numbers of 64 bits and buffers. Raises OSError where
     it returns -1."""
     function = _libc()[name]
-    function.restype = ctypes.c_long
+    function.restype = ctypes.c_long if name in _RETURNS_LONG else ctypes.c_int
     result: int = function(
         *[ctypes.c_ulong(arg & _POINTER) if isinstance(arg, int) else arg for arg in args]
     )
@@ -101,11 +105,11 @@ def map_object(backing: Backing, length: int, fd: int) -> int:
 
 def _map_aligned(length: int) -> int:
     """Anonymous memory that transparent huge pages fit into."""
-    length = -(-length // HUGE_PAGE) * HUGE_PAGE
     around = call("mmap", 0, length + HUGE_PAGE, 0, _PRIVATE | _ANONYMOUS, -1, 0)
     address = -(-around // HUGE_PAGE) * HUGE_PAGE
-    call("munmap", around, address - around)
-    call("munmap", address + length, around + HUGE_PAGE - address)
+    for start, end in ((around, address), (address + length, around + length + HUGE_PAGE)):
+        if start < end:
+            call("munmap", start, end - start)
     call("mprotect", address, length, _PROT_READ | _PROT_WRITE)
     call("madvise", address, length, _MADV_HUGEPAGE)
     return address

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 TOPICS = (
     "vm_types", "memory_slots", "vcpus", "secondary_start", "psci", "smccc", "sysregs", "one_reg",
-    "events",
+    "events", "sharing", "host_access", "forced_reclaim", "backing", "remapping", "aliasing",
+    "mmio", "no_syndrome", "fetch", "limits", "destroying",
 )  # fmt: skip
 """The topics, by the names of their modules, in the order of a run."""
 PREFIXES = ("good_", "bad_")

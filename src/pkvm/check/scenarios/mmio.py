@@ -140,6 +140,6 @@ def bad_beyond(bench: Bench) -> None:
     """Addresses beyond the guest's address space."""
     for protected in (True, False):
         guest = bench.vm(protected=protected, name="" if protected else "other ").agent()
-        for bits in (40, 43, 44, 47, 48):
-            guest.load(1 << bits)
-            guest.resume(show=2)
+        for ipa in (1 << 44, 1 << 47, 1 << 48, (1 << 48) - 8, 1 << 52):
+            guest.load(ipa)
+            guest.store(ipa, 1)

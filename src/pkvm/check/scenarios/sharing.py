@@ -7,10 +7,12 @@ The hypercalls' numbers are those of the vendor range (SMCCC 1.1, ARM DEN 0028).
 from __future__ import annotations
 
 from pkvm.check.scenarios.bench import CODE, DEVICE, FREE, PAGE, RAM, Bench
+from pkvm.guests.protocol import Info
 
 TITLE = "Page sharing"
 SHARE = 0xC600_0003
 UNSHARE = 0xC600_0004
+_CPU_ON = 0xC400_0003
 _NEVER = RAM + 8 * PAGE
 """A page that the guest never touches."""
 
@@ -149,9 +151,9 @@ def bad_not_protected(bench: Bench) -> None:
 def good_two_vcpus(bench: Bench) -> None:
     """What one vCPU shares, the other takes back."""
     vm = bench.vm()
-    first = vm.guest(vm.vcpu(0))
-    second = vm.guest(vm.vcpu(1))
-    first.start()
+    second = vm.guest(vm.vcpu(1, power_off=True))
+    first = vm.agent()
+    first.hvc(_CPU_ON, 1, first.agent.info()[Info.SECONDARY], 0, show=1)
     second.start()
     first.store(RAM, 0x55)
     second.hvc(SHARE, RAM)
