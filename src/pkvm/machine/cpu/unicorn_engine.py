@@ -18,6 +18,7 @@ What libunicorn does in its own way, and what is done about it here:
   PC under an exit to EL2: the lines are dropped for the time outside.
 * An access where nothing answers ends emulation: a load or fetch becomes an
   external abort in the guest, a store is lost, as posted writes are.
+* It describes loads and stores with writeback in syndromes: see `writeback`.
 * Writes through a mapping that is not executable leave stale translations:
   IC instructions are made to do their work (`instruction_cache`).
 * WFI that EL2 does not trap completes at once, as it may.
@@ -47,7 +48,7 @@ from unicorn import unicorn_const as uc
 from pkvm.arm64 import bits
 from pkvm.arm64 import esr as syndrome
 from pkvm.arm64 import registers as reg
-from pkvm.machine.cpu import cpu_models, gic_registers, selfcheck, thunks
+from pkvm.machine.cpu import cpu_models, gic_registers, selfcheck, thunks, writeback
 from pkvm.machine.cpu.context import CpuContext
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
@@ -75,6 +76,7 @@ from pkvm.machine.gic import VirtualCpuInterface
 from pkvm.machine.memory import PhysicalMemory
 
 _DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in range(4, 8)]
+_EC_SHIFT, _DATA_ABORT = syndrome.EC_SHIFT, int(syndrome.EC.DABT_LOW)
 _FNV = syndrome.ABORT_ISS["FnV"].mask
 _ABORTS = (3, 4)
 """QEMU's numbers of the exceptions that have a faulting address: prefetch and data abort."""
@@ -155,6 +157,9 @@ class UnicornEngine(CpuContext):
         gic_registers.show_in_pfr0(addresses.env + LAYOUT.isar_id_aa64pfr0)
         self._slice_limit = self._alarm_limit = thunks.NO_LIMIT
         self.on_alarm: Callable[[], None] = _no_alarm
+        self._settle, self._forget_code = writeback.corrector(
+            library, addresses, self._memory, self._words, self._esr_el2_word
+        )
         self._install_hooks()
         self.vector = _no_vector
         cpu_models.program_reset_state(self._sysregs)
@@ -235,10 +240,13 @@ class UnicornEngine(CpuContext):
         EL2's vector. Every hypercall of a guest passes here, so all that it needs is local to
         it."""
         flags, requests = self._ownership.flags, self._requests
+        words, esr_el2, settle = self._words, self._esr_el2_word, self._settle
         vector: Callable[[], bool] = _no_vector
 
         def enter() -> bool:
             flags[INSIDE] = False
+            if words[esr_el2] >> _EC_SHIFT == _DATA_ABORT:
+                settle()
             try:
                 again = vector()
             except BaseException as error:  # whatever EL2 raises belongs to who called run
@@ -334,6 +342,7 @@ class UnicornEngine(CpuContext):
             raise EngineError("the engine is running already; its vector must not run it again")
         self._runner = get_ident()
         flags, halves, aarch64 = self._flags, self._halves, self._aarch64_half
+        settle = self._settle
         try:
             flags[INSIDE] = True
             while True:
@@ -355,6 +364,7 @@ class UnicornEngine(CpuContext):
                 status = self._start()
                 if status == ABORT:
                     flags[INSIDE] = False
+                    settle()
                     if self._vector():
                         flags[INSIDE] = True
                         continue
@@ -496,6 +506,7 @@ class UnicornEngine(CpuContext):
     def flush_tlb(self) -> None:
         """TLBI of everything below EL2, complete when it returns."""
         with self._ownership:
+            self._forget_code()
             if not self._closed:
                 self._library.tlb_flush(self._addresses.cpu)
 

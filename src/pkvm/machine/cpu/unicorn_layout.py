@@ -63,6 +63,9 @@ class UnicornLayout:
     elr_el: int = 568
     sp_el: int = 600
     sctlr_el: int = 672
+    ttbr0_el1: int = 776
+    ttbr1_el1: int = 808
+    vttbr_el2: int = 832
     esr_el: int = 984
     far_el: int = 1048
     hpfar_el2: int = 1080
