@@ -74,6 +74,7 @@ class System:
         dialect: str = DEFAULT,
         memlock: int | None = None,
         check: bool = False,
+        smmu: bool = True,
     ) -> None:
         if dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {dialect!r}; there are {', '.join(DIALECTS)}")
@@ -102,7 +103,11 @@ class System:
         recorder = self.checked or self.recorder
         self.protected = protected
         self.machine = Machine(
-            memory, virtual_clock=clock == "virtual", cpu_model=cpu_model, recorder=recorder
+            memory,
+            virtual_clock=clock == "virtual",
+            cpu_model=cpu_model,
+            recorder=recorder,
+            smmu=smmu,
         )
         if host_dtb is None:
             node = (carveout_base - region_bytes, region_bytes) if image else None
@@ -171,9 +176,11 @@ class System:
     def tables(self) -> dict[str, Stage2Context]:
         """The stage-2 trees in force by name: "host", "dma", and "guest 0x1000"... by handle."""
         contexts = {}
-        for name, bus in (("host", self.machine.host_bus), ("dma", self.machine.dma_bus)):
-            if bus.context is not None:
-                contexts[name] = bus.context
+        if self.machine.host_bus.context is not None:
+            contexts["host"] = self.machine.host_bus.context
+        if self.protected and self.machine.smmu is not None:
+            dma = self.hyp.mem.host.dma
+            contexts["dma"] = Stage2Context(dma.vttbr, dma.vtcr)
         for vm in self.hyp.vms():
             contexts[f"guest {vm.handle:#x}"] = Stage2Context(vm.stage2.vttbr, vm.stage2.vtcr)
         return contexts
@@ -237,6 +244,7 @@ class Options(TypedDict, total=False):
     dialect: str
     memlock: int | None
     check: bool
+    smmu: bool
 
 
 def _repeated_bytes() -> Callable[[int], bytes]:

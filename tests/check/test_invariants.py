@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from fakes.memory_rig import DEVICE, HANDLE, Rig, RigVm
-from pkvm.arm64.stage2 import ATTR_NORMAL_RWX, TABLE_OR_PAGE, guest_annotation
+from fakes.memory_rig import DEVICE, HANDLE, SMMU, Rig, RigVm
+from pkvm.arm64.stage2 import ATTR_DEVICE_RW, ATTR_NORMAL_RWX, TABLE_OR_PAGE, guest_annotation
 from pkvm.check.invariants import MAX_PROBLEMS, PrivacyWatch, Snapshot, check
 from pkvm.hyp.abi import PROT_RWX
-from pkvm.hyp.host_memory import DMA_PAGE, HOST_PAGE
+from pkvm.hyp.host_memory import HOST_PAGE
+from pkvm.hyp.identity_domain import DMA_PAGE
 from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
@@ -109,7 +110,16 @@ def host_leaf_is_read_only(scene: Scene) -> None:
 
 
 def host_executes_mmio(scene: Scene) -> None:
-    scene.rig.mem.host.stage2.put(0, ATTR_NORMAL_RWX, 1)
+    scene.rig.mem.host.stage2.put(DEVICE, DEVICE | ATTR_NORMAL_RWX, 2)
+
+
+def host_reaches_the_smmu(scene: Scene) -> None:
+    scene.rig.mem.host.stage2.put(SMMU, 0)
+
+
+def host_maps_the_smmu(scene: Scene) -> None:
+    stage2 = scene.rig.mem.host.stage2
+    stage2.put(SMMU, SMMU | ATTR_DEVICE_RW | TABLE_OR_PAGE)
 
 
 def annotated_mmio(scene: Scene) -> None:
@@ -189,9 +199,8 @@ def stale_host_tlb(scene: Scene) -> None:
 
 
 def stale_dma_tlb(scene: Scene) -> None:
-    bus = scene.rig.dma_bus
-    bus.read(scene.pa(SHARED), 8)
-    bus.invalidate = lambda ipa=None: None  # type: ignore[method-assign]
+    scene.rig.dma_bus.read(scene.pa(SHARED), 8)
+    scene.rig.mem.host._invalidate_dma_page = lambda vmid, ipa: None
     scene.rig.mem.guest_unshare_host(scene.vm, (GFN + 1) << 12, 1)
 
 
@@ -232,6 +241,8 @@ BREAKS: list[tuple[str, Callable[[Scene], None]]] = [
     ("P3", host_leaf_is_not_identity),
     ("P3", host_leaf_is_read_only),
     ("P3", host_executes_mmio),
+    ("P8", host_reaches_the_smmu),
+    ("P8", host_maps_the_smmu),
     ("P3", state(FREE, HYP_OWNED)),
     ("P4", annotation_of_another_vm),
     ("P4", annotation_of_another_frame),
@@ -311,7 +322,7 @@ def test_privacy_watch_allows_the_guests_own_sharing(scene: Scene) -> None:
         ("VM 0x1000's memcache", lambda scene: scene.vm.memcache.alloc()),
         ("VM 0x1000's page", lambda scene: wrong_guest_state(scene)),
         ("the host TLB", lambda scene: scene.rig.host_bus.read(scene.pa(LENT), 8)),
-        ("the dma TLB", lambda scene: scene.rig.dma_bus.read(scene.pa(LENT), 8)),
+        ("the VMID 0 DMA TLB", lambda scene: scene.rig.dma_bus.read(scene.pa(LENT), 8)),
     ],
 )
 def test_snapshots_tell_what_changed(

@@ -12,7 +12,8 @@ from fakes.memory_rig import HANDLE, Rig, RigVm
 from pkvm.arm64.stage2 import guest_annotation
 from pkvm.check.watch import FEW, Watch
 from pkvm.events import Transition
-from pkvm.hyp.host_memory import DMA_PAGE, HOST_PAGE
+from pkvm.hyp.host_memory import HOST_PAGE
+from pkvm.hyp.identity_domain import DMA_PAGE
 from pkvm.hyp.vmemmap import GUEST_OWNED, HOST_OWNED, HOST_SHARED, HYP_OWNED
 
 GFN = 0x40000
@@ -75,7 +76,7 @@ def stale_tlb(s: Scene) -> None:
 
 def stale_dma_tlb(s: Scene) -> None:
     s.rig.dma_bus.read(s.pa(SHARED), 1)
-    s.rig.dma_bus.invalidate = lambda ipa=None: None  # type: ignore[method-assign]
+    s.rig.mem.host._invalidate_dma_page = lambda vmid, ipa: None
     s.rig.mem.guest_unshare_host(s.vm, (GFN + SHARED) << 12, 1)
 
 

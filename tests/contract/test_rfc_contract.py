@@ -34,7 +34,7 @@ from pkvm.firmware.host_tree import FIRMWARE_COMPATIBLE
 from pkvm.guests.agent import AgentExitError
 from pkvm.guests.protocol import Boot, Info, Op
 from pkvm.kvm import FailEntry, SystemEvent
-from pkvm.machine.machine import DMA_BASE, RAM_BASE
+from pkvm.machine.machine import DMA_BASE, DMA_STREAM, RAM_BASE
 from pkvm.machine.stage2 import Stage2Fault
 from pkvm.system import System
 from pkvm.trace.counting import CountingRecorder
@@ -495,7 +495,9 @@ def test_a_broken_host_tree_is_ignored_with_a_message(length: int) -> None:
 
 def test_neither_host_nor_device_reads_the_firmware_region_or_el2s_memory() -> None:
     with running_system(host_dtb=host_tree()) as system:
-        bus, device = system.machine.host_bus, system.machine.dma_bus
+        bus = system.machine.host_bus
+        assert system.machine.smmu is not None
+        device = system.machine.smmu.master(DMA_STREAM, "probe")
         base, size = system.hyp.mem.carveout
         for start, length in ((REGION, 64 << 10), (base, size)):
             for page in range(start, start + length, PAGE):

@@ -36,7 +36,8 @@ from pkvm.hyp.mem_protect import carveout_bytes
 from pkvm.hyp.policy import ANDROID, RFC, Policy
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.hyp.vm import Vm
-from pkvm.machine.machine import Machine
+from pkvm.machine.machine import DMA_STREAM, Machine
+from pkvm.machine.smmu_streams import StreamMaster
 
 MIB = 1 << 20
 PAGE = 4096
@@ -147,6 +148,11 @@ class El2:
     def vm(self, handle: int) -> Vm:
         """EL2's own object, for those who look inside."""
         return next(vm for vm in self.hyp.vms() if vm.handle == handle)
+
+    def device(self) -> StreamMaster:
+        """A device of the host's, as it does DMA."""
+        assert self.machine.smmu is not None
+        return self.machine.smmu.master(DMA_STREAM, "probe")
 
     # Looking on
 

@@ -19,12 +19,15 @@ from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.vmemmap import host_state, hyp_state
 from pkvm.machine.bus import Bus
 from pkvm.machine.memory import DeviceWindow, PhysicalMemory
+from pkvm.machine.smmu import Smmu
 
 RAM = 0x8000_0000
 MIB = 1 << 20
 FIRMWARE_BYTES = 0x10000
 HANDLE = 0x1000
 DEVICE = 0x1000_0000
+SMMU = 0x1100_0000
+STREAM = 1
 
 
 @dataclass
@@ -70,8 +73,10 @@ class Rig:
             DeviceWindow("device", DEVICE, PAGE_SIZE, lambda at, n: at, lambda at, n, v: None)
         )
         self.host_bus = Bus(self.memory, "host")
-        self.dma_bus = Bus(self.memory, "dma")
         self.recorder = EventList()
+        self.smmu = Smmu(self.memory, self.recorder, base=SMMU)
+        self.memory.add_window(self.smmu.window)
+        self.dma_bus = self.smmu.master(STREAM, "dma")
         self.guest_flushes = 0
         self.code_forgotten: list[tuple[int, int]] = []
         size = carveout_bytes(ram_bytes)
@@ -80,7 +85,8 @@ class Rig:
         self.mem = MemProtect(
             self.memory,
             host_bus=self.host_bus,
-            dma_bus=self.dma_bus,
+            smmu=self.smmu,
+            streams=(STREAM,),
             guest_tlbi=self._guest_tlbi,
             invalidate_code=lambda pa, nbytes: self.code_forgotten.append((pa, nbytes)),
             recorder=self.recorder,

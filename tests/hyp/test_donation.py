@@ -237,7 +237,7 @@ def test_nobody_but_the_guest_reads_the_firmware(el2: El2, vm: Bare) -> None:
     vm.set_firmware()
     vm.donate((vm.slot >> 12, FW_GFN, SLOT_PAGES))
     for pa in (el2.firmware_pa, el2.firmware_pa + FIRMWARE_BYTES - 8, vm.slot, vm.slot + PAGE):
-        for bus in (el2.machine.host_bus, el2.machine.dma_bus):
+        for bus in (el2.machine.host_bus, el2.device()):
             with pytest.raises(Stage2Fault):
                 bus.read(pa, 8)
 

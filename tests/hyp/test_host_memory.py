@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from fakes.memory_rig import DEVICE, MIB, Rig
+from fakes.memory_rig import DEVICE, MIB, SMMU, Rig
 from pkvm.arm64.stage2 import (
+    ANNOTATION_HYP,
     ATTR_DEVICE_RW,
     ATTR_NORMAL_RWX,
     BLOCK_1G,
@@ -16,7 +17,8 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.events import HostAbort, Refusal, Tlbi
 from pkvm.hyp.errors import Errno
-from pkvm.hyp.host_memory import ATTR_DMA, pool_pages, tree_pages
+from pkvm.hyp.host_memory import pool_pages, tree_pages
+from pkvm.hyp.identity_domain import ATTR_DMA
 from pkvm.hyp.mem_protect import MemProtect, carveout_bytes
 from pkvm.machine.bus import Bus
 from pkvm.machine.memory import PhysicalMemory
@@ -90,8 +92,25 @@ def test_a_whole_region_that_comes_back_is_a_block_again(rig: Rig) -> None:
 def test_mmio_is_device_memory_without_execution(rig: Rig) -> None:
     assert rig.host_bus.read_u64(DEVICE + 8) == 8
     entry, level = host_leaf(rig, DEVICE)
-    assert (entry, level) == (0 | ATTR_DEVICE_RW, 1), "the largest block in the gap"
+    assert (entry, level) == (DEVICE | ATTR_DEVICE_RW, 2), "in the SMMU's gigabyte"
     assert not rig.mem.host_abort(DEVICE, Access.FETCH, 0x0D)
+    assert rig.mem.host_abort(BLOCK_1G, Access.READ, 0x05)
+    assert host_leaf(rig, BLOCK_1G) == (BLOCK_1G | ATTR_DEVICE_RW, 1), "the largest in the gap"
+
+
+@pytest.mark.parametrize("offset", [0, 0x20, 0x98, 0x1_00AC, 0x1_FFFC])
+def test_the_smmu_is_out_of_the_hosts_reach(rig: Rig, offset: int) -> None:
+    rig.host_bus.read_u64(DEVICE)
+    for access in (lambda: rig.host_bus.read(SMMU + offset, 4),
+                   lambda: rig.host_bus.write(SMMU + offset, bytes(4))):  # fmt: skip
+        rig.recorder.events.clear()
+        with pytest.raises(Stage2Fault):
+            access()
+        refusal = rig.recorder.events[-1]
+        assert isinstance(refusal, Refusal)
+        assert refusal.why == "the page belongs to EL2"
+    assert rig.smmu.window.read(0x24, 4) == 0xD  # still on
+    assert rig.mem.host_abort(SMMU - 8, Access.READ, 0x05)  # its neighbours are the host's
 
 
 def test_mmio_just_beyond_ram_is_not_in_rams_gigabyte_block(rig: Rig) -> None:
@@ -182,6 +201,7 @@ def test_mmio_mappings_are_recycled_when_the_pool_runs_dry(rig: Rig) -> None:
     assert Tlbi(0, -1) in rig.recorder.events
     assert host_leaf(rig, DEVICE)[0] == 0
     assert host_leaf(rig, rig.memory.ram_end)[0] == 0
+    assert host_leaf(rig, SMMU) == (ANNOTATION_HYP, 3), "what EL2 keeps for itself stays"
     assert host_leaf(rig, RAM)[1] == 2
     for pa in pages:
         rig.mem.pool.free(pa)
@@ -230,7 +250,7 @@ def test_regions_that_cannot_be(
         MemProtect(
             memory,
             host_bus=Bus(memory, "host"),
-            dma_bus=Bus(memory, "dma"),
+            smmu=None,
             guest_tlbi=lambda vmid: None,
             invalidate_code=lambda pa, nbytes: None,
             recorder=Rig(16 * MIB).recorder,

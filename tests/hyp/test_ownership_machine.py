@@ -14,7 +14,7 @@ from fakes.memory_rig import HANDLE, Rig, RigVm
 from pkvm.check.census import census
 from pkvm.check.invariants import Snapshot
 from pkvm.hyp.errors import Errno, Refused
-from pkvm.machine.bus import Bus
+from pkvm.machine.bus import Master
 from pkvm.machine.stage2 import Stage2Fault
 
 PAGES = 1024
@@ -379,7 +379,7 @@ class Ownership(RuleBasedStateMachine):
         if may and page in self.secret:
             assert self.rig.host_bus.read_u64(pa) == self.secret[page]
 
-    def reaches(self, bus: Bus, pa: int) -> bool:
+    def reaches(self, bus: Master, pa: int) -> bool:
         try:
             bus.write_u64(pa + 8, bus.read_u64(pa + 8))
         except Stage2Fault:

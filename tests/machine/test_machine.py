@@ -8,13 +8,24 @@ from typing import cast
 
 import pytest
 
+from fakes.smmu_software import CR0, GBPA, SMMUEN, STRTAB_BASE, STRTAB_BASE_CFG, translating
 from fakes.stage2_trees import KIB4, RAM, Tree
-from pkvm.events import DmaFault, Event
+from pkvm.events import DmaFault, Event, SmmuEvent
 from pkvm.machine import dma
 from pkvm.machine.clock import counter_ticks
 from pkvm.machine.cpu.engine import CpuEngine, StopReason
-from pkvm.machine.machine import DMA_BASE, IPA_BITS, PARANGE, RAM_BASE, Machine
+from pkvm.machine.machine import (
+    DMA_BASE,
+    DMA_STREAM,
+    IPA_BITS,
+    PARANGE,
+    RAM_BASE,
+    SMMU_BASE,
+    Machine,
+)
 from pkvm.machine.memory import PhysicalMemory
+
+STRTAB = RAM + 0x4_0000
 
 
 class Log(list[Event]):
@@ -79,7 +90,9 @@ def test_the_address_map() -> None:
     machine, _ = machine_with_stand_in()
     assert (IPA_BITS, PARANGE) == (40, 2)
     assert (machine.memory.ram_base, machine.memory.ram_bytes) == (RAM_BASE, 1 << 20)
-    assert [(window.base, window.size) for window in machine.memory.windows] == [(DMA_BASE, KIB4)]
+    windows = [(SMMU_BASE, 0x2_0000), (DMA_BASE, KIB4)]
+    assert [(window.base, window.size) for window in machine.memory.windows] == windows
+    assert machine.dma_devices == (("dma-copy", DMA_BASE, KIB4, DMA_STREAM),)
 
 
 @pytest.mark.parametrize("ram_bytes", [0, 1, -4096, 1 << 40, (1 << 40) - RAM_BASE + 4096])
@@ -110,6 +123,8 @@ def test_virtual_time_is_the_engines_count_of_blocks_and_its_counter_is_that_tim
 
 def test_writes_of_every_bus_master_reach_the_engines_translations() -> None:
     machine, engine = machine_with_stand_in()
+    assert machine.smmu is not None
+    machine.smmu.window.write(GBPA, 4, 1 << 31)  # bypass
     machine.host_bus.write(RAM_BASE + 0x800, b"abcd")
     assert engine.forgotten == [(RAM_BASE + 0x800, 4)]
     for register, value in ((dma.SRC, RAM_BASE), (dma.DST, RAM_BASE + KIB4), (dma.LEN, 2 * KIB4)):
@@ -125,11 +140,36 @@ def test_the_device_is_held_by_its_own_stage_2() -> None:
     machine = Machine(1 << 20, recorder=events, make_engine=make_stand_in)
     tree = Tree(machine.memory, RAM)
     tree.page(0, RAM_BASE + 0x8_0000)
-    machine.dma_bus.attach(tree.context)
+    for index, word in enumerate(translating(RAM)):
+        machine.memory.write_u64(STRTAB + 64 * DMA_STREAM + 8 * index, word)
+    smmu = machine.smmu
+    assert smmu is not None
+    smmu.window.write(STRTAB_BASE, 8, STRTAB)
+    smmu.window.write(STRTAB_BASE_CFG, 4, 6)
+    smmu.window.write(CR0, 4, SMMUEN)
     for register, value in ((dma.SRC, 0), (dma.DST, RAM_BASE), (dma.LEN, 8), (dma.CTRL, 1)):
         machine.host_bus.write_u64(DMA_BASE + register, value)
     assert machine.host_bus.read_u64(DMA_BASE + dma.STATUS) == dma.STATUS_FAULT
-    assert events == [DmaFault("dma-copy", RAM_BASE, "write")]
+    assert events == [
+        SmmuEvent(DMA_STREAM, "F_TRANSLATION", RAM_BASE, "write"),
+        DmaFault("dma-copy", RAM_BASE, "write"),
+    ]
+
+
+def test_at_reset_no_device_reaches_anything() -> None:
+    events = Log()
+    machine = Machine(1 << 20, recorder=events, make_engine=make_stand_in)
+    for register, value in ((dma.SRC, RAM), (dma.DST, RAM + 64), (dma.LEN, 8), (dma.CTRL, 1)):
+        machine.host_bus.write_u64(DMA_BASE + register, value)
+    assert machine.host_bus.read_u64(DMA_BASE + dma.STATUS) == dma.STATUS_FAULT
+    assert events == [DmaFault("dma-copy", RAM, "read")]
+
+
+def test_without_an_smmu_there_are_no_devices() -> None:
+    machine = Machine(1 << 20, recorder=Log(), make_engine=make_stand_in, smmu=False)
+    assert machine.smmu is None
+    assert machine.dma_devices == ()
+    assert machine.memory.windows == ()
 
 
 def test_close() -> None:
@@ -188,6 +228,8 @@ class TestWithUnicorn:
         assert run_at(machine, CODE) == 2
         bus.write_u64(CODE, HVC << 32 | move_to_x0(3))
         assert run_at(machine, CODE) == 3
+        assert machine.smmu is not None
+        machine.smmu.window.write(GBPA, 4, 1 << 31)  # bypass
         bus.write(CODE + 0x8000, program(move_to_x0(4), HVC))
         for register, value in ((dma.SRC, CODE + 0x8000), (dma.DST, CODE), (dma.LEN, 8)):
             bus.write_u64(DMA_BASE + register, value)

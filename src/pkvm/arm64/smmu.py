@@ -189,6 +189,8 @@ def stage2_ste(vttbr: int, vtcr: int) -> tuple[int, int, int, int]:
 
 ABORT_STE = (STE0.encode(V=1, Config=Config.ABORT), 0, 0, 0)
 """An STE that lets nothing through, and records nothing."""
+BYPASS_STE = (STE0.encode(V=1, Config=Config.BYPASS), 0, 0, 0)
+"""An STE that lets everything through."""
 
 # Commands (IHI 0070 4)
 

@@ -107,8 +107,9 @@ ANNOTATION_GFN_SHIFT = 20
 """A guest annotation's gfn; successive pages of a range differ by 1 << 20."""
 
 
-_OWNED_BY_GUEST = ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.GUEST)
-_ANNOTATION_VM_SHIFT = ANNOTATION["vm"].lo
+ANNOTATION_GUEST = ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.GUEST)
+"""A guest annotation's other bits; the handle goes to ANNOTATION_VM_SHIFT."""
+ANNOTATION_VM_SHIFT = ANNOTATION["vm"].lo
 _HANDLE_BITS, _GFN_BITS = 16, 40
 
 
@@ -119,7 +120,7 @@ def guest_annotation(handle: int, gfn: int) -> int:
     """
     if handle >> _HANDLE_BITS or gfn >> _GFN_BITS:
         ANNOTATION.encode(vm=handle, gfn=gfn)  # says which one it cannot hold
-    return _OWNED_BY_GUEST | handle << _ANNOTATION_VM_SHIFT | gfn << ANNOTATION_GFN_SHIFT
+    return ANNOTATION_GUEST | handle << ANNOTATION_VM_SHIFT | gfn << ANNOTATION_GFN_SHIFT
 
 
 def level_shift(level: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from pkvm.arm64.stage2 import (
     ADDRESS_MASK,
     AF,
+    ANNOTATION_HYP,
     ATTR_DEVICE_RW,
     ATTR_NORMAL_RWX,
     LAST_LEVEL,
@@ -28,7 +29,7 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.check.trees import Entries, Numbers, rows_at
 from pkvm.check.view import DMA, HOST, Mask, View, rows_of
-from pkvm.hyp.host_memory import ATTR_DMA
+from pkvm.hyp.identity_domain import ATTR_DMA, IDENTITY_VMID
 from pkvm.machine.bus import Bus
 from pkvm.machine.stage2 import Access, Stage2Fault, walk
 
@@ -61,7 +62,7 @@ def host_tree(view: View) -> Iterator[str]:
 
 def dma_tree(view: View) -> Iterator[str]:
     """P8: devices reach exactly the RAM that the host may access."""
-    if not view.first_guest:
+    if not view.first_guest or view.mem.smmu is None:
         return
     yield from _not_ram(view, DMA)
     for page, entry in _suspects(view, DMA, ATTR_DMA, None):
@@ -76,22 +77,27 @@ def bus_tlbs(view: View) -> Iterator[str]:
     """P9: no bus keeps a translation that its tables do not give any more."""
     if not view.first_guest:
         return
-    host, dma = view.mem.host.host_bus, view.mem.host.dma_bus
-    cpus = [host, *host.peers] if isinstance(host, Bus) else []
-    for tree, bus in (*((HOST, cpu) for cpu in cpus), (DMA, dma)):
-        if not isinstance(bus, Bus) or bus.context is None:
-            continue
+    cached = []
+    host = view.mem.host.host_bus
+    for bus in (host, *host.peers) if isinstance(host, Bus) else ():
+        if bus.context is not None:
+            cached.append((HOST, bus.name, bus.tlb_columns()))
+    if view.mem.smmu is not None:
+        columns = view.mem.smmu.hardware.tlb_columns().get(IDENTITY_VMID)
+        if columns:
+            cached.append((DMA, "dma", columns))
+    for tree, name, kinds in cached:
         context = view.forest.trees[tree].context
-        for access, size, numbers, deltas in bus.tlb_columns():
+        for access, size, numbers, deltas in kinds:
             ipas = np.array(numbers, np.int64) * size
             distances = np.array(deltas, np.int64)
             good = _translates(view, tree, ipas, size, distances, access)
             for ipa in ipas[~good].tolist():
                 try:
                     walk(view.mem.memory, context, ipa, access)
-                    yield f"P9: the {bus.name} TLB leads {ipa:#x} astray"
+                    yield f"P9: the {name} TLB leads {ipa:#x} astray"
                 except Stage2Fault:
-                    yield f"P9: the {bus.name} TLB still has {ipa:#x}"
+                    yield f"P9: the {name} TLB still has {ipa:#x}"
 
 
 def _translates(
@@ -173,8 +179,10 @@ def _suspects(
 
 def _not_ram(view: View, tree: int) -> Iterator[str]:
     """What an identity tree has where no RAM is: the host may have devices there, in their place;
-    the DMA masters nothing."""
+    the DMA masters nothing, and EL2's own devices nobody."""
     memory, forest = view.mem.memory, view.forest
+    devices = view.mem.host.devices if tree == HOST else []
+    withheld = {page for base, size in devices for page in range(base, base + size, PAGE_SIZE)}
     found = list(rows_of(forest.leaves.part(forest.leaves.trees == tree)))
     tables = forest.last.of_tree(tree)
     pas = tables.frames << PAGE_SHIFT
@@ -191,10 +199,16 @@ def _not_ram(view: View, tree: int) -> Iterator[str]:
         ipa, page_bit = frame << PAGE_SHIFT, TABLE_OR_PAGE if level == LAST_LEVEL else 0
         if memory.is_ram(ipa, level_size(level)):
             continue
-        if tree == DMA or not entry & VALID:
+        if ipa in withheld:
+            withheld.remove(ipa)
+            if entry != ANNOTATION_HYP:
+                yield f"P8: the host's entry for {ipa:#x}, a device of EL2's, is {entry:#x}"
+        elif tree == DMA or not entry & VALID:
             yield f"P8: the {view.name(tree)} tree has an entry for {ipa:#x}, no RAM"
         elif entry != ipa | ATTR_DEVICE_RW | page_bit or _touches_ram(view, ipa, level):
             yield f"P3: the host's device entry for {ipa:#x} is {entry:#x}"
+    for ipa in sorted(withheld):
+        yield f"P8: the host may map {ipa:#x}, a device of EL2's"
 
 
 def _touches_ram(view: View, ipa: int, level: int) -> bool:

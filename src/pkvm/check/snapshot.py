@@ -20,7 +20,7 @@ class Snapshot:
     def __init__(self, mem: MemProtect, vms: Iterable[GuestMemory]) -> None:
         with mem.lock:
             memory = mem.memory
-            self._parts: dict[str, object] = {"carve-out": memory.read(*mem.carveout)}
+            self._parts: dict[str, object] = {"carve-out": _carveout(mem)}
             self._parts["pool"] = mem.pool.available
             for vm in vms:
                 name = f"VM {vm.handle:#x}"
@@ -29,14 +29,25 @@ class Snapshot:
                 for pa in [*iter_tables(memory, context), *vm.memcache.pages()]:
                     self._parts[f"{name}'s page {pa:#x}"] = memory.read(pa, PAGE_SIZE)
             host = mem.host.host_bus
-            peers = host.peers if isinstance(host, Bus) else ()
-            for bus in (host, *peers, mem.host.dma_bus):
-                if isinstance(bus, Bus):
-                    self._parts[f"the {bus.name} TLB"] = sorted(
-                        bus.tlb_entries(), key=lambda entry: (entry.ipa, entry.access.value)
-                    )
+            buses = (host, *host.peers) if isinstance(host, Bus) else ()
+            cached = {bus.name: bus.tlb_entries() for bus in buses}
+            if mem.smmu is not None:
+                cached |= mem.smmu.hardware.tlb_entries()
+            for name, entries in cached.items():
+                self._parts[f"the {name} TLB"] = sorted(
+                    entries, key=lambda entry: (entry.ipa, entry.access.value)
+                )
 
     def differences(self, later: Snapshot) -> list[str]:
         """Names of the parts that differ."""
         names = sorted(self._parts.keys() | later._parts.keys())
         return [name for name in names if self._parts.get(name) != later._parts.get(name)]
+
+
+def _carveout(mem: MemProtect) -> bytes:
+    """EL2's memory, but for the SMMU's queues: what went through them is no state."""
+    base, nbytes = mem.carveout
+    content = bytearray(mem.memory.read(base, nbytes))
+    for pa in mem.smmu.queue_pages if mem.smmu is not None else ():
+        content[pa - base : pa - base + PAGE_SIZE] = bytes(PAGE_SIZE)
+    return bytes(content)

@@ -34,7 +34,7 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.check.invariants import Scratch, check
 from pkvm.events import Transition
-from pkvm.hyp.host_memory import ATTR_DMA
+from pkvm.hyp.identity_domain import ATTR_DMA, IDENTITY_VMID
 from pkvm.hyp.mem_protect import GuestMemory, MemProtect
 from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.vmemmap import (
@@ -86,9 +86,9 @@ class Watch:
         """By page number within RAM: 1 if it was private when last looked at."""
         self.secure: set[int] = set()
         """PFNs that the host shares with the secure world."""
-        buses = (mem.host.host_bus, mem.host.dma_bus)
-        self._buses = [bus for bus in buses if isinstance(bus, Bus)] if mem.protected else []
-        self._other_cpus = [peer for bus in self._buses for peer in bus.peers]
+        bus = mem.host.host_bus
+        self._bus = bus if isinstance(bus, Bus) and mem.protected else None
+        self._smmu = mem.smmu.hardware if mem.smmu is not None and mem.protected else None
 
     def look(self, event: Transition) -> list[str]:
         """What is wrong with the pages of a transition that has just happened, in words."""
@@ -185,17 +185,18 @@ class Watch:
                 problems.append(f"P4: PA {pa:#x} is annotated {entry:#x}, but EL2's")
         elif vm is not None and entry != guest_annotation(vm.handle, ipa >> PAGE_SHIFT):
             problems.append(f"P4: PA {pa:#x} is annotated {entry:#x}, but VM {vm.handle:#x}'s")
+        if lost and self._bus is not None:
+            for bus in (self._bus, *self._bus.peers):
+                if bus.context is not None and bus.holds(pa):
+                    problems.append(f"P9: the {bus.name} TLB still has {pa:#x}")
+        if self._smmu is None:
+            return
         index, entry, level = self._walk(host.dma, pa)
         self._look_at_table(index, problems)
         if entry != (0 if lost else _identity(pa, level, ATTR_DMA)):
             problems.append(f"P8: PA {pa:#x} has DMA entry {entry:#x}")
-        if lost:
-            for bus in self._buses:
-                if bus.holds(pa):
-                    problems.append(f"P9: the {bus.name} TLB still has {pa:#x}")
-            for bus in self._other_cpus:
-                if bus.context is not None and bus.holds(pa):
-                    problems.append(f"P9: the {bus.name} TLB still has {pa:#x}")
+        if lost and self._smmu.holds(IDENTITY_VMID, pa):
+            problems.append(f"P9: the dma TLB still has {pa:#x}")
 
     def _look_at_table(self, index: int, problems: list[str]) -> None:
         """P5: the table that the word of that index is in."""

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the host and its devices can reach: the host's stage-2 and that of the DMA masters.
+"""What the host and its devices can reach: the host's stage-2, and with it the identity domain.
 
 The host's is an identity map, filled lazily by its faults with the largest
 blocks that fit (facts §3.5). A page that the host lost has an annotation in its
 place: its owner, and for a guest the frame. Default mappings carry no state, so
-a block that loses one page is dropped whole and the rest faults back.
-
-The DMA masters' is an identity map of all RAM that the host may access, made at
-once, since a device's fault cannot be repaired. A block that loses one page is
-split, contents preserved; the table stays until the whole region is the host's
-again, for a guest's page that is shared now and then comes and goes. Device
-windows are no targets of DMA.
+a block that loses one page is dropped whole and the rest faults back. EL2's own
+device, the SMMU, is annotated like a page that EL2 owns.
 
 Order (facts §10): a page is lost by host entry, TLBI, DMA entry, TLBI, then the
 state; it comes back by host entry, DMA entry, then the state, which the caller
@@ -28,6 +23,7 @@ import numpy as np
 from pkvm.arm64.esr import FSC_TRANSLATION
 from pkvm.arm64.stage2 import (
     ANNOTATION,
+    ANNOTATION_HYP,
     ATTR_DEVICE_RW,
     ATTR_NORMAL_RWX,
     BLOCK_1G,
@@ -39,17 +35,15 @@ from pkvm.arm64.stage2 import (
     TABLE_ENTRIES,
     TABLE_OR_PAGE,
     VALID,
-    XN_NONE,
     Geometry,
     Owner,
-    level_shift,
     level_size,
 )
 from pkvm.events import NO_ADDRESS, HostAbort, Recorder, Refusal, Tlbi
 from pkvm.hyp.bulk import (
     Entries,
+    Leaves,
     Runs,
-    blocks_at,
     break_blocks,
     clear,
     clear_leaves,
@@ -57,21 +51,19 @@ from pkvm.hyp.bulk import (
     distinct,
     joined,
     leaves,
-    prune_tables,
-    runs_in,
     write,
 )
 from pkvm.hyp.errors import Errno
+from pkvm.hyp.identity_domain import DMA_PAGE, IDENTITY_VMID, IdentityDomain
 from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.pool import PagePool
+from pkvm.hyp.smmu import SMMU_PAGES, SmmuDriver
 from pkvm.hyp.vmemmap import Vmemmap
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.machine.stage2 import Access, Stage2Context
 
 HOST_VMID = 0
 HOST_PAGE = ATTR_NORMAL_RWX | TABLE_OR_PAGE
-ATTR_DMA = ATTR_NORMAL_RWX | XN_NONE
-DMA_PAGE = ATTR_DMA | TABLE_OR_PAGE
 _TABLE_SHIFT = 9
 _REGION_SHIFT = PAGE_SHIFT + _TABLE_SHIFT
 _INDEX_MASK = TABLE_ENTRIES - 1
@@ -83,7 +75,7 @@ _MMIO_BYTES = BLOCK_1G
 
 
 class BusMaster(Protocol):
-    """A bus behind a stage-2, as far as EL2 programs it; `pkvm.machine.bus.Bus` is one."""
+    """The host CPU's bus, as far as EL2 programs it; `pkvm.machine.bus.Bus` is one."""
 
     on_fault: Callable[[int, Access, int], bool] | None
 
@@ -110,6 +102,7 @@ def pool_pages(ram_bytes: int, geometry: Geometry) -> int:
         2 * tree_pages(ram_bytes, geometry)
         + _MMIO_BYTES // BLOCK_2M
         + _MMIO_BYTES // BLOCK_1G
+        + SMMU_PAGES
         + _SPARE_PAGES
     )
 
@@ -123,8 +116,9 @@ def describe_owner(annotation: int) -> str:
 
 
 class HostMemory:
-    """Both identity trees. With `enforced` False neither is built nor kept, and every page stays
-    reachable: a host that is not in protected mode.
+    """The host's tree, and the identity domain that follows it if there is an SMMU. With `enforced`
+    False neither is built nor kept, and every page stays reachable: a host that is not in
+    protected mode.
 
     Pages are given by PA (bytes) or PFN and lie in RAM: the callers have checked.
     """
@@ -137,7 +131,7 @@ class HostMemory:
         *,
         vtcr: int,
         host_bus: BusMaster,
-        dma_bus: BusMaster,
+        smmu: SmmuDriver | None,
         recorder: Recorder,
         enforced: bool,
     ) -> None:
@@ -145,25 +139,36 @@ class HostMemory:
         self.pool = pool
         self.enforced = enforced
         self.host_bus = host_bus
-        self.dma_bus = dma_bus
         self._words = memory.words
         self._record = recorder.record
-        roots = []
-        for invalidate in (self._invalidate_host, self._invalidate_dma):
+        trees = []
+        for vmid, invalidate in (
+            (HOST_VMID, self._invalidate_host),
+            (IDENTITY_VMID, self._invalidate_dma),
+        ):
             root_tables = Geometry(64 - (vtcr & 0x3F)).root_tables
-            root = pool.alloc_aligned(root_tables)
-            roots.append(
+            trees.append(
                 Stage2(
                     memory,
                     vmemmap,
                     pool,
-                    root=root,
-                    vmid=HOST_VMID,
+                    root=pool.alloc_aligned(root_tables),
+                    vmid=vmid,
                     vtcr=vtcr,
                     invalidate=invalidate,
                 )
             )
-        self.stage2, self.dma = roots
+        self.stage2, self.dma = trees
+        self.identity: IdentityDomain | None = None
+        """None on a machine without an SMMU; then `dma` stays empty."""
+        if smmu is not None:
+            self._invalidate_dma_page = smmu.invalidate_page
+            self.identity = IdentityDomain(
+                self.dma, smmu, reserve=lambda: self._reserve(self._most_tables)
+            )
+        self.smmu = smmu
+        self.devices: list[tuple[int, int]] = []
+        """(PA, bytes) of the devices that EL2 has for itself."""
         self._walks, self._dma_walks = self.stage2.walks, self.dma.walks
         self._refcount = vmemmap.refcount
         self._most_tables = 2 * (LAST_LEVEL - self.stage2.start_level)
@@ -172,26 +177,19 @@ class HostMemory:
         """Annotate pages that neither the host nor a device has reached before."""
         write(self.stage2, pfns, np.full(pfns.starts.size, annotation, np.uint64), 0)
 
-    def map_for_dma(self, pa: int, end: int) -> None:
-        """Map RAM [pa, end), page-aligned, for the DMA masters, in blocks where it goes: for
-        memory that they have not reached before."""
-        while pa < end:
-            if pa % BLOCK_2M == 0 and pa + BLOCK_2M <= end:
-                self.dma.put(pa, pa | ATTR_DMA, BLOCK_LEVELS[-1])
-                pa += BLOCK_2M
-            else:
-                self.dma.put(pa, pa | DMA_PAGE)
-                pa += PAGE_SIZE
+    def withhold_device(self, base: int, nbytes: int) -> None:
+        """Annotate the pages of a device that is EL2's."""
+        self.devices.append((base, nbytes))
+        for page in range(base, base + nbytes, PAGE_SIZE):
+            self.stage2.put(page, ANNOTATION_HYP)
 
     def attach(self, on_fault: Callable[[int, Access, int], bool]) -> None:
-        """Put the buses behind the trees; the host's faults go to `on_fault`."""
+        """Put the host's bus behind its tree; its faults go to `on_fault`."""
         if not self.enforced:
             return
         self.host_bus.on_fault = on_fault
         self.host_bus.attach(Stage2Context(self.stage2.vttbr, self.stage2.vtcr))
-        self.dma_bus.attach(Stage2Context(self.dma.vttbr, self.dma.vtcr))
         self._invalidate_host(NO_ADDRESS)
-        self._invalidate_dma(NO_ADDRESS)
 
     def take_page(self, pa: int, annotation: int) -> None:
         """The host loses the page at `pa` to the owner that `annotation` names."""
@@ -199,58 +197,56 @@ class HostMemory:
             return
         # What is nearly always so, in as few calls as possible: both have a table of pages there.
         region, page = pa >> _REGION_SHIFT, pa >> PAGE_SHIFT & _INDEX_MASK
-        first, other = self._walks.get(region), self._dma_walks.get(region)
-        if first is None or other is None:
+        words = self._words
+        first = self._walks.get(region)
+        if first is None:
             self._take_anywhere(pa, annotation)
-            return
-        words, refcount = self._words, self._refcount
-        entry = words[first + page]
-        words[first + page] = annotation
-        if entry & VALID:
-            self.host_bus.invalidate(pa)
-            self._record(_make(Tlbi, (HOST_VMID, pa, "cpu")))
-        elif not entry:
-            refcount[first >> _TABLE_SHIFT] += 1
-        words[other + page] = 0
-        refcount[other >> _TABLE_SHIFT] -= 1
-        self.dma_bus.invalidate(pa)
-        self._record(_make(Tlbi, (HOST_VMID, pa, "smmu")))
+        else:
+            entry = words[first + page]
+            words[first + page] = annotation
+            if entry & VALID:
+                self.host_bus.invalidate(pa)
+                self._record(_make(Tlbi, (HOST_VMID, pa, "cpu")))
+            elif not entry:
+                self._refcount[first >> _TABLE_SHIFT] += 1
+        first = self._dma_walks.get(region)
+        if first is not None:
+            words[first + page] = 0
+            self._refcount[first >> _TABLE_SHIFT] -= 1
+            self._invalidate_dma_page(IDENTITY_VMID, pa)
+        elif self.identity is not None:
+            self.identity.lose_page(pa)
 
     def _take_anywhere(self, pa: int, annotation: int) -> None:
-        """`take_page`, whatever the trees have there."""
-        stage2, dma = self.stage2, self.dma
+        """The host's part of `take_page`, whatever its tree has there."""
+        stage2 = self.stage2
         self._reserve(self._most_tables)
         index, entry, level = stage2.find(pa)
         if level == LAST_LEVEL:
             stage2.store(pa, index, entry, annotation)
             if entry & VALID:
                 self._invalidate_host(pa)
-        else:
-            if entry & VALID:
-                stage2.store(pa, index, entry, 0)
-                self._invalidate_host(NO_ADDRESS)
-            stage2.put(pa, annotation)
-        index, entry, level = dma.find(pa)
-        if level < LAST_LEVEL:
-            dma.split(pa)
-            index, entry, level = dma.find(pa)
-        dma.clear(index)
-        self._invalidate_dma(pa)
+            return
+        if entry & VALID:
+            stage2.store(pa, index, entry, 0)
+            self._invalidate_host(NO_ADDRESS)
+        stage2.put(pa, annotation)
 
     def give_page(self, pa: int) -> None:
         """The host may use the page at `pa` again, which it had lost."""
         if not self.enforced:
             return
-        stage2, dma = self.stage2, self.dma
-        index, _, _ = stage2.find(pa)  # an annotation, and so that of a page
-        self._words[index] = pa | HOST_PAGE
-        other = self._dma_walks.get(pa >> _REGION_SHIFT)
-        if other is not None:
-            self._words[other + (pa >> PAGE_SHIFT & _INDEX_MASK)] = pa | DMA_PAGE
-            self._refcount[other >> _TABLE_SHIFT] += 1
-            return
-        self._reserve(self._most_tables)
-        dma.put(pa, pa | DMA_PAGE)
+        region, page = pa >> _REGION_SHIFT, pa >> PAGE_SHIFT & _INDEX_MASK
+        first = self._walks.get(region)
+        if first is None:
+            first = self.stage2.find(pa)[0] & ~_INDEX_MASK  # an annotation, and so that of a page
+        self._words[first + page] = pa | HOST_PAGE
+        first = self._dma_walks.get(region)
+        if first is not None:
+            self._words[first + page] = pa | DMA_PAGE
+            self._refcount[first >> _TABLE_SHIFT] += 1
+        elif self.identity is not None:
+            self.identity.regain_page(pa)
 
     def take_runs(self, pfns: Runs, annotations: Entries, step: int) -> None:
         """The host loses these pages to the owners that the annotations name: that of each run's
@@ -263,8 +259,8 @@ class HostMemory:
             self._invalidate_host(NO_ADDRESS)
         if write(self.stage2, pfns, annotations, step):
             self._invalidate_host(NO_ADDRESS)
-        self._unmap_from_dma(pieces)
-        self._invalidate_dma(NO_ADDRESS)
+        if self.identity is not None:
+            self.identity.lose_runs(pieces)
 
     def give_runs(self, pfns: Runs) -> None:
         """The host may use these pages again. It maps them lazily, in blocks where nothing else
@@ -275,11 +271,8 @@ class HostMemory:
         self._reserve_for(pieces)
         clear(self.stage2, pieces)
         self._invalidate_host(NO_ADDRESS)
-        whole = pieces.sizes == TABLE_ENTRIES
-        blocks = pieces.starts[whole] >> _TABLE_SHIFT
-        prune_tables(self.dma, blocks)
-        self._map_for_dma(runs_in(blocks), BLOCK_LEVELS[-1], ATTR_DMA)
-        self._map_for_dma(pieces.where(~whole), LAST_LEVEL, DMA_PAGE)
+        if self.identity is not None:
+            self.identity.regain_runs(pieces)
 
     def abort(self, ipa: int, access: Access, fsc: int) -> bool:
         """The host CPU faulted at `ipa`. Maps what it may have (True: retry the access), or says
@@ -318,22 +311,6 @@ class HostMemory:
         stage2.put(page, page | attr | TABLE_OR_PAGE)
         return True, ""
 
-    def _unmap_from_dma(self, pieces: Runs) -> None:
-        """Take pages from the DMA tree: a block goes whole if all of it is to go, else it is
-        split. No piece straddles a block."""
-        dma = self.dma
-        is_block = blocks_at(dma, pieces.starts >> _TABLE_SHIFT)
-        whole = is_block & (pieces.sizes == TABLE_ENTRIES)
-        for region in distinct(pieces.starts[is_block & ~whole] >> _TABLE_SHIFT).tolist():
-            dma.split(region * BLOCK_2M)
-        clear(dma, runs_in(pieces.starts[whole] >> _TABLE_SHIFT), BLOCK_LEVELS[-1])
-        clear(dma, pieces.where(~whole))
-
-    def _map_for_dma(self, runs: Runs, level: int, attributes: int) -> None:
-        """Map runs at `level` of the DMA tree where they are."""
-        firsts = (runs.starts << level_shift(level)).astype(np.uint64) | np.uint64(attributes)
-        write(self.dma, runs, firsts, level_size(level), level)
-
     def _reserve_for(self, pieces: Runs) -> None:
         """As `_reserve`, for these pages, in both trees."""
         regions = distinct(pieces.starts >> _TABLE_SHIFT).size
@@ -350,7 +327,9 @@ class HostMemory:
         limit = 1 << stage2.ipa_bits - PAGE_SHIFT
         for first, end in ((0, ram_start), (ram_end, limit)):
             if first < end:
-                clear_leaves(stage2, leaves(stage2, first, end - first))
+                found = leaves(stage2, first, end - first)
+                mapped = found.entries & np.uint64(VALID) != 0
+                clear_leaves(stage2, Leaves(*(column[mapped] for column in found)))
         self._invalidate_host(NO_ADDRESS)
 
     def _invalidate_host(self, ipa: int) -> None:
@@ -358,5 +337,6 @@ class HostMemory:
         self._record(Tlbi(HOST_VMID, ipa))
 
     def _invalidate_dma(self, ipa: int) -> None:
-        self.dma_bus.invalidate(None if ipa == NO_ADDRESS else ipa)
-        self._record(Tlbi(HOST_VMID, ipa, "smmu"))
+        """Of the whole identity domain: its tree asks only when a block is split."""
+        assert self.smmu is not None
+        self.smmu.invalidate_all(IDENTITY_VMID)

@@ -46,6 +46,7 @@ from pkvm.machine.alarms import Alarm
 from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.host_cpus import HostCpu, HostCpus
 from pkvm.machine.memory import PhysicalMemory
+from pkvm.machine.smmu import DmaDevice, Smmu
 
 if TYPE_CHECKING:
     from pkvm.arm64.ffa import Registers
@@ -81,8 +82,13 @@ class Hardware(Protocol):
         ...
 
     @property
-    def dma_bus(self) -> BusMaster:
-        """The devices' way to memory."""
+    def smmu(self) -> Smmu | None:
+        """What stands before its DMA-capable devices, if it has any."""
+        ...
+
+    @property
+    def dma_devices(self) -> tuple[DmaDevice, ...]:
+        """These devices."""
         ...
 
     def new_timer(self) -> Alarm:
@@ -121,7 +127,8 @@ class Hypervisor:
         self.mem = MemProtect(
             machine.memory,
             host_bus=machine.host_bus,
-            dma_bus=machine.dma_bus,
+            smmu=machine.smmu,
+            streams=[device.stream for device in machine.dma_devices],
             guest_tlbi=lambda vmid: self.cpu.flush_tlb(vmid),
             invalidate_code=engine.invalidate_code,
             recorder=recorder,

@@ -15,8 +15,9 @@ are paid by the host (`memcache`). The guest firmware's region is EL2's too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from pkvm.arm64.smmu import BYPASS_STE
 from pkvm.arm64.stage2 import (
     ANNOTATION_HYP,
     BLOCK_2M,
@@ -42,8 +43,10 @@ from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.pool import PagePool
 from pkvm.hyp.reclaim import Reclaim
 from pkvm.hyp.relinquish import Relinquish
+from pkvm.hyp.smmu import SmmuDriver
 from pkvm.hyp.vmemmap import HYP_OWNED, Vmemmap, vmemmap_bytes
 from pkvm.machine.memory import PhysicalMemory
+from pkvm.machine.smmu import Smmu
 from pkvm.machine.stage2 import Access
 
 __all__ = ["GuestMemory", "MemProtect", "carveout_bytes"]
@@ -64,10 +67,11 @@ class MemProtect(
 ):
     """EL2's ownership of memory.
 
-    `host_bus` and `dma_bus` are the host CPU's and the devices' way to memory. `guest_tlbi(vmid)`
-    is TLBI and DSB for a VM on the CPU, `invalidate_code(pa, nbytes)` what the engine needs after
-    EL2 wrote where guest code may have been. With `protected` False the buses stay in bypass and
-    the host keeps its reach; states are kept all the same, since VMs need them.
+    `host_bus` is the host CPU's way to memory; `smmu` stands before the devices, of which EL2 is
+    told the `streams`: None if there are none. `guest_tlbi(vmid)` is TLBI and DSB for a VM on the
+    CPU, `invalidate_code(pa, nbytes)` what the engine needs after EL2 wrote where guest code may
+    have been. With `protected` False the bus and the devices bypass stage 2, and the host keeps
+    its reach; states are kept all the same, since VMs need them.
 
     The constructor zeroes the carve-out and lays it out; then `initialise`, then `finalise`.
     Raises ValueError if the carve-out or the firmware region is not page-aligned RAM, if they
@@ -79,7 +83,8 @@ class MemProtect(
         memory: PhysicalMemory,
         *,
         host_bus: BusMaster,
-        dma_bus: BusMaster,
+        smmu: Smmu | None,
+        streams: Sequence[int] = (),
         guest_tlbi: Callable[[int], None],
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
@@ -110,13 +115,14 @@ class MemProtect(
         """VTCR_EL2 of the host's stage-2 and of every guest's."""
         vmemmap = Vmemmap(memory, carveout[0])
         self.pool = PagePool(memory, vmemmap, carveout[0] + records, carveout[1] - records)
+        driver = None if smmu is None else SmmuDriver(memory, self.pool, smmu, recorder)
         host = HostMemory(
             memory,
             vmemmap,
             self.pool,
             vtcr=self.vtcr,
             host_bus=host_bus,
-            dma_bus=dma_bus,
+            smmu=driver,
             recorder=recorder,
             enforced=protected,
         )
@@ -129,6 +135,8 @@ class MemProtect(
             recorder=recorder,
             policy=policy,
         )
+        self.smmu = driver
+        self._streams = tuple(streams)
         self._records_bytes = records
         self._guest_tlbi = guest_tlbi
 
@@ -140,11 +148,11 @@ class MemProtect(
             mapped = memory.ram_base
             for base, nbytes in regions:
                 self._take_for_hyp(base, nbytes)
-                if self.protected:
-                    self.host.map_for_dma(mapped, base)
+                self._map_for_dma(mapped, base)
                 mapped = base + nbytes
-            if self.protected:
-                self.host.map_for_dma(mapped, memory.ram_end)
+            self._map_for_dma(mapped, memory.ram_end)
+            if self.smmu is not None:
+                self._start_smmu(self.smmu)
             page = (self.carveout[0] - memory.ram_base) >> PAGE_SHIFT
             in_use = self._records_bytes >> PAGE_SHIFT
             self.vmemmap.refcounts[page : page + in_use] = 1
@@ -153,7 +161,7 @@ class MemProtect(
                 self.vmemmap.refcounts[page : page + (self.firmware[1] >> PAGE_SHIFT)] = 1
 
     def finalise(self) -> None:
-        """De-privilege the host: from here on its bus and the devices' go through stage-2."""
+        """De-privilege the host: from here on it goes through stage-2."""
         self.host.attach(self.host_abort)
 
     def host_abort(self, ipa: int, access: Access, fsc: int) -> bool:
@@ -208,6 +216,21 @@ class MemProtect(
             vtcr=self.vtcr,
             invalidate=invalidate,
         )
+
+    def _map_for_dma(self, pa: int, end: int) -> None:
+        if self.protected and self.host.identity is not None:
+            self.host.identity.map(pa, end)
+
+    def _start_smmu(self, smmu: SmmuDriver) -> None:
+        """Turn the SMMU on, let the known devices reach what the host does, and keep its registers
+        from the host."""
+        smmu.start()
+        identity = self.host.identity
+        ste = BYPASS_STE if identity is None or not self.protected else identity.ste
+        for stream in self._streams:
+            smmu.configure(stream, ste)
+        if self.protected:
+            self.host.withhold_device(smmu.window.base, smmu.window.size)
 
     def _take_for_hyp(self, base: int, nbytes: int) -> None:
         """Make [base, base+nbytes) EL2's before anyone else runs."""

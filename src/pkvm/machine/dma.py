@@ -28,7 +28,7 @@ from typing import NamedTuple
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.stage2 import PAGE_MASK, PAGE_SIZE
 from pkvm.events import DmaFault, Recorder
-from pkvm.machine.bus import Bus
+from pkvm.machine.bus import Master
 from pkvm.machine.memory import BusError, DeviceWindow
 from pkvm.machine.stage2 import Access, Stage2Fault
 
@@ -56,7 +56,7 @@ class CopyEngine:
     """The device at PA `base`; its bytes move through `bus`, at most `max_bytes` a start."""
 
     def __init__(
-        self, bus: Bus, recorder: Recorder, *, base: int, max_bytes: int, name: str = "dma-copy"
+        self, bus: Master, recorder: Recorder, *, base: int, max_bytes: int, name: str = "dma-copy"
     ) -> None:
         self.name = name
         self.window = DeviceWindow(name, base, WINDOW_BYTES, self._read, self._write, self._work)

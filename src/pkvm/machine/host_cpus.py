@@ -95,7 +95,6 @@ class HostCpus:
         self._record = recorder.record
         others = [Bus(memory, f"host-cpu{index}") for index in range(1, NR_HOST_CPUS)]
         self.cpus = tuple(HostCpu(index, bus) for index, bus in enumerate([host_bus, *others]))
-        host_bus.peers = tuple(others)
         self.boot = self.cpus[0]
         self.boot.power, self.boot.el = Affinity.ON, 1
         self.trap: Trap | None = None
@@ -128,11 +127,13 @@ class HostCpus:
         """EL3 powers `cpu` up; it will come up at PA `pc` with `x0`."""
         cpu.power = Affinity.ON_PENDING
         cpu.reset(pc, x0)
+        self._join()
 
     def stop(self, cpu: HostCpu) -> None:
         """EL3 powers `cpu` down; it keeps nothing."""
         cpu.power = Affinity.OFF
         cpu.reset(0, 0)
+        self._join()
         self._record(CpuPower(cpu.index, "off"))
 
     def suspend(self, cpu: HostCpu, pc: int, x0: int) -> None:
@@ -153,6 +154,11 @@ class HostCpus:
             if cpu.power == Affinity.ON_PENDING:
                 cpu.power = Affinity.ON
                 self._run(cpu, "on")
+
+    def _join(self) -> None:
+        """TLBI reaches the CPUs that have power; the others have nothing cached."""
+        powered = (cpu for cpu in self.cpus if cpu.power != Affinity.OFF)
+        self.boot.bus.peers = tuple(cpu.bus for cpu in powered if cpu is not self.boot)
 
     def _run(self, cpu: HostCpu, what: str) -> None:
         """Execute from `cpu.pc` on, at EL2."""

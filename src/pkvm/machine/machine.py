@@ -2,9 +2,10 @@
 """`Machine`: RAM, one physical CPU, the bus masters and the clock, wired together.
 
 The physical address map: RAM from 0x8000_0000 on, the DMA copy engine's
-registers at 0x1000_0000. The host CPU (`host_bus`) and the copy engine
-(`dma_bus`) start with no stage-2 before them, as at reset; EL2 puts them behind
-one. What they write to RAM, the CPU engine forgets its translations of.
+registers at 0x1000_0000, the SMMU's at 0x1100_0000. The host CPU (`host_bus`)
+starts with no stage-2 before it, as at reset; EL2 puts it behind one. The
+devices are behind the SMMU, which aborts until EL2 turns it on. What they write
+to RAM, the CPU engine forgets its translations of.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.dma import CopyEngine
 from pkvm.machine.host_cpus import HostCpu, HostCpus
 from pkvm.machine.memory import PhysicalMemory
+from pkvm.machine.smmu import DmaDevice, Smmu
 
 if TYPE_CHECKING:
     from pkvm.arm64.ffa import Registers
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 RAM_BASE = 0x8000_0000
 DMA_BASE = 0x1000_0000
+DMA_STREAM = 1
+"""StreamID of the copy engine."""
+SMMU_BASE = 0x1100_0000
 PARANGE = 2
 """ID_AA64MMFR0_EL1.PARange."""
 IPA_BITS = PARANGE_BITS[PARANGE]
@@ -53,7 +58,8 @@ class Machine:
     """One machine with `ram_bytes` of RAM, a multiple of the page size.
 
     `virtual_clock`: time is counted in guest code and a run repeats exactly. `make_engine` makes
-    the CPU engine, Unicorn's if None. Raises ValueError for a RAM that is not page-aligned or
+    the CPU engine, Unicorn's if None. `smmu` False: the machine has neither an SMMU nor a device
+    that would need one. Raises ValueError for a RAM that is not page-aligned or
     leaves the physical address space, MemoryError if the process cannot have it, and EngineError
     if the engine cannot work here.
     """
@@ -66,6 +72,7 @@ class Machine:
         cpu_model: str = "cortex-a72",
         recorder: Recorder,
         make_engine: EngineFactory | None = None,
+        smmu: bool = True,
     ) -> None:
         if RAM_BASE + ram_bytes > 1 << IPA_BITS:
             raise ValueError(f"{ram_bytes:#x} bytes of RAM leave a {IPA_BITS}-bit address space")
@@ -76,9 +83,12 @@ class Machine:
         self.host_cpus = HostCpus(self.memory, self.host_bus, recorder)
         self._firmware: Firmware | None = None
         self._recorder = recorder
-        self.dma_bus = Bus(self.memory, "dma-copy")
-        self.dma = CopyEngine(self.dma_bus, recorder, base=DMA_BASE, max_bytes=1 << IPA_BITS)
-        self.memory.add_window(self.dma.window)
+        self.smmu: Smmu | None = None
+        self.dma_devices: tuple[DmaDevice, ...] = ()
+        if smmu:
+            self.smmu = Smmu(self.memory, recorder, base=SMMU_BASE)
+            self.memory.add_window(self.smmu.window)
+            self.dma_devices = self._add_devices(self.smmu, recorder)
         self.clock: RealClock | VirtualClock = (
             VirtualClock(self._blocks) if virtual_clock else RealClock()
         )
@@ -92,7 +102,7 @@ class Machine:
         )
         for cpu in self.host_cpus.cpus:
             cpu.bus.on_write = self._engine.invalidate_code
-        self.dma_bus.on_write = self._engine.invalidate_code
+        self._on_dma_write(self._engine.invalidate_code)
         self.alarms = Alarms(self.clock, self._engine)
         self.on_interrupt: Callable[[], bool | None] | None = None
         """The host's, called from the alarm thread or `Alarms.jump` when a timer of the CPU's is
@@ -146,11 +156,27 @@ class Machine:
             return
         for cpu in self.host_cpus.cpus:
             cpu.bus.on_write = None
-        self.dma_bus.on_write = None
+        self._on_dma_write(None)
         self.alarms.close()
         self._last_blocks = self._engine.blocks
         self._engine.close()
         self._engine = None
+
+    def _add_devices(self, smmu: Smmu, recorder: Recorder) -> tuple[DmaDevice, ...]:
+        """Put the DMA-capable devices behind the SMMU and on the bus."""
+        copy = CopyEngine(
+            smmu.master(DMA_STREAM, "dma-copy"), recorder, base=DMA_BASE, max_bytes=1 << IPA_BITS
+        )
+        found = []
+        for stream, window in ((DMA_STREAM, copy.window),):
+            self.memory.add_window(window)
+            found.append(DmaDevice(window.name, window.base, window.size, stream))
+        return tuple(found)
+
+    def _on_dma_write(self, told: Callable[[int, int], None] | None) -> None:
+        """Have what devices write announced."""
+        for master in self.smmu.masters() if self.smmu is not None else ():
+            master.on_write = told
 
     def _blocks(self) -> int:
         """Blocks executed: none while the engine is still being made (its start-up check may read

@@ -12,6 +12,7 @@ software's queue. It raises no interrupt: software polls.
 from __future__ import annotations
 
 import threading
+from typing import NamedTuple
 
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.smmu import (
@@ -45,10 +46,22 @@ from pkvm.machine.smmu_streams import (
     StreamTable,
 )
 from pkvm.machine.stage2 import Access, Stage2Fault, leaf
-from pkvm.machine.tlb import TlbPair
+from pkvm.machine.tlb import TlbEntry, TlbPair
 
-_CMDQ_PROD = int(Reg.CMDQ_PROD)
+_CMDQ_PROD, _CMDQ_CONS = int(Reg.CMDQ_PROD), int(Reg.CMDQ_CONS)
 _TRANSLATION_EVENT = EVENT1.encode(S2=1, Class=CLASS_IN)
+
+
+class DmaDevice(NamedTuple):
+    """A DMA-capable device of a machine, as its boot firmware describes it."""
+
+    name: str
+    base: int
+    """PA of its registers."""
+    size: int
+    """Bytes of them, whole pages."""
+    stream: int
+    """StreamID of its transactions."""
 
 
 class Smmu:
@@ -65,11 +78,13 @@ class Smmu:
         self._recorder = recorder
         self._lock = threading.RLock()
         """Reentrant: a device may reach the SMMU's own registers."""
+        self._take, self._drop = self._lock.acquire, self._lock.release
         self._registers = Registers()
         self._words = self._registers.words
         self._table = StreamTable(memory, self._registers)
         self._masters: dict[int, list[StreamMaster]] = {}
         self._commands = CommandQueue(memory, self._registers, self)
+        self._ring = self._commands.ring
         self._events = EventQueue(memory, self._registers)
 
     def master(self, stream: int, name: str) -> StreamMaster:
@@ -86,6 +101,16 @@ class Smmu:
         """What is cached, by VMID, each as `TlbPair.columns`, for those who check it."""
         with self._lock:
             return {vmid: tlb.columns() for vmid, tlb in self.tlbs.items()}
+
+    def tlb_entries(self) -> dict[str, list[TlbEntry]]:
+        """The same one by one."""
+        with self._lock:
+            return {f"VMID {vmid} DMA": tlb.entries() for vmid, tlb in self.tlbs.items()}
+
+    def holds(self, vmid: int, ipa: int) -> bool:
+        """Whether a translation of `ipa` is cached for a VMID."""
+        with self._lock:
+            return vmid in self.tlbs and self.tlbs[vmid].holds(ipa)
 
     def stream_config(self, stream: int) -> StreamConfig:
         """What the SMMU does with a stream's transactions now."""
@@ -160,23 +185,30 @@ class Smmu:
     # Registers
 
     def _read(self, offset: int, size: int) -> int:
+        if offset == _CMDQ_CONS and size == 4:
+            return self._words[_CMDQ_CONS]  # what software polls
         with self._lock:
             return self._registers.read(offset, size)
 
     def _write(self, offset: int, size: int, value: int) -> None:
+        if offset == _CMDQ_PROD and size == 4:  # what software writes most
+            self._take()
+            try:
+                self._ring(value & QUEUE_INDEX)
+            finally:
+                self._drop()
+            return
         with self._lock:
-            if offset == _CMDQ_PROD and size == 4:
-                self._words[_CMDQ_PROD] = value & QUEUE_INDEX
-                self._commands.consume()
-                return
             before = self._words[Reg.CR0]
             written = self._registers.write(offset, size, value)
             if Reg.CR0 in written:
                 self._switch(before ^ self._words[Reg.CR0])
             elif Reg.GBPA in written:
                 self._unbind_all()
-            elif Reg.CMDQ_PROD in written or Reg.GERRORN in written:
-                self._commands.consume()
+            elif Reg.CMDQ_PROD in written:
+                self._ring(self._words[_CMDQ_PROD])
+            elif Reg.GERRORN in written:
+                self._commands.resume()
 
     def _switch(self, changed: int) -> None:
         """CR0 was written; `changed` are the bits that differ from before."""

@@ -32,10 +32,12 @@ from pkvm.arm64.smmu import (
     CommandError,
     Reg,
 )
+from pkvm.arm64.stage2 import PAGE_SHIFT
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.machine.smmu_registers import QueueArea, Registers
 from pkvm.machine.tlb import TlbPair
 
+_PROD, _CONS = int(Reg.CMDQ_PROD), int(Reg.CMDQ_CONS)
 _SYNC, _TLBI_S2_IPA = int(Command.SYNC), int(Command.TLBI_S2_IPA)
 _CS_RESERVED = 3
 _ALL_STREAMS = 31
@@ -64,42 +66,61 @@ class CommandQueue:
         self._caches = caches
         self._tlbs = caches.tlbs
         self._area: QueueArea | None = None
+        self._runs = False
+        """Whether it is on, in RAM, and not stopped by an error."""
+        self._first = self._mask = self._wrap = 0
 
     def enable(self, enabled: bool) -> None:
         """CR0.CMDQEN was written."""
-        if not enabled:
-            self._area = None
-        elif self._area is None:
+        self._area = None
+        if enabled:
             base = self._registers.read(Reg.CMDQ_BASE, 8)
-            self._area = QueueArea(self._memory, base, QUEUE_ADDRESS, COMMAND_BYTES)
-            self.consume()
+            self._area = area = QueueArea(self._memory, base, QUEUE_ADDRESS, COMMAND_BYTES)
+            self._first, self._mask, self._wrap = area.first or 0, area.mask, area.wrap
+        self.resume()
 
-    def consume(self) -> None:
-        """Execute commands up to CMDQ_PROD, or to the first bad one. A TLBI of a page and a SYNC
-        are what software issues most, and are spelt out here."""
-        area, registers = self._area, self._words
-        if area is None or self._registers.active_errors & GERROR_CMDQ_ERR:
+    def resume(self) -> None:
+        """Look again whether commands can be executed, and do so."""
+        area = self._area
+        is_stopped = bool(self._registers.active_errors & GERROR_CMDQ_ERR)
+        self._runs = area is not None and area.first is not None and not is_stopped
+        if self._runs:
+            self.ring(self._words[_PROD])
+        elif area is not None and not is_stopped:
+            cons = self._words[_CONS] & area.wrap
+            if cons != self._words[_PROD] & area.wrap:
+                self._fail(cons, CommandError.ABT)
+
+    def ring(self, prod: int) -> None:
+        """CMDQ_PROD was written: execute commands up to it, or to the first bad one. A TLBI of a
+        page and a SYNC are what software issues most, and are spelt out here."""
+        registers = self._words
+        registers[_PROD] = prod
+        if not self._runs:
+            if self._area is not None and self._area.first is None:
+                self.resume()
             return
-        wrap, mask, first = area.wrap, area.mask, area.first
-        cons = registers[Reg.CMDQ_CONS] & wrap
-        prod = registers[Reg.CMDQ_PROD] & wrap
-        if cons != prod and first is None:
-            self._fail(cons, CommandError.ABT)
-            return
-        words, tlbs = self._memory_words, self._tlbs
+        words, first, mask, wrap = self._memory_words, self._first, self._mask, self._wrap
+        cons = registers[_CONS] & wrap
+        prod &= wrap
         while cons != prod:
-            at = (first or 0) + ((cons & mask) << 1)
+            at = first + ((cons & mask) << 1)
             word = words[at]
             opcode = word & COMMAND_OPCODE
             if opcode == _TLBI_S2_IPA:
-                tlb = tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
+                tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
                 if tlb is not None:
-                    tlb.forget(words[at + 1] & TLBI_ADDRESS)
+                    if tlb.has_blocks:
+                        tlb.forget(words[at + 1] & TLBI_ADDRESS)
+                    else:
+                        page = words[at + 1] >> PAGE_SHIFT
+                        tlb.load_pages.pop(page, None)
+                        tlb.store_pages.pop(page, None)
             elif word != _SYNC and not self._execute(opcode, word, words[at + 1]):
                 self._fail(cons, CommandError.ILL)
                 return
             cons = cons + 1 & wrap
-        registers[Reg.CMDQ_CONS] = cons
+        registers[_CONS] = cons
 
     def _execute(self, opcode: int, word: int, more: int) -> bool:
         """Any command; False if there is no such one."""
@@ -124,8 +145,9 @@ class CommandQueue:
         return True
 
     def _fail(self, cons: int, error: CommandError) -> None:
-        self._words[Reg.CMDQ_CONS] = cons | error << CONS_ERR_SHIFT
+        self._words[_CONS] = cons | error << CONS_ERR_SHIFT
         self._registers.raise_error(GERROR_CMDQ_ERR)
+        self._runs = False
 
 
 class EventQueue:
