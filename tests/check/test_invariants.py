@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fakes.memory_rig import DEVICE, HANDLE, SMMU, Rig, RigVm
+from fakes.memory_rig import DEVICE, HANDLE, SMMU, Rig, RigVm, forget_dma_tlbis
 from pkvm.arm64.stage2 import ATTR_DEVICE_RW, ATTR_NORMAL_RWX, TABLE_OR_PAGE, guest_annotation
 from pkvm.check.invariants import MAX_PROBLEMS, PrivacyWatch, Snapshot, check
 from pkvm.hyp.abi import PROT_RWX
@@ -200,7 +200,7 @@ def stale_host_tlb(scene: Scene) -> None:
 
 def stale_dma_tlb(scene: Scene) -> None:
     scene.rig.dma_bus.read(scene.pa(SHARED), 8)
-    scene.rig.mem.host._invalidate_dma_page = lambda vmid, ipa: None
+    forget_dma_tlbis(scene.rig)
     scene.rig.mem.guest_unshare_host(scene.vm, (GFN + 1) << 12, 1)
 
 

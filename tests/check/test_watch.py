@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fakes.memory_rig import HANDLE, Rig, RigVm
+from fakes.memory_rig import HANDLE, Rig, RigVm, forget_dma_tlbis
 from pkvm.arm64.stage2 import guest_annotation
 from pkvm.check.watch import FEW, Watch
 from pkvm.events import Transition
@@ -76,7 +76,7 @@ def stale_tlb(s: Scene) -> None:
 
 def stale_dma_tlb(s: Scene) -> None:
     s.rig.dma_bus.read(s.pa(SHARED), 1)
-    s.rig.mem.host._invalidate_dma_page = lambda vmid, ipa: None
+    forget_dma_tlbis(s.rig)
     s.rig.mem.guest_unshare_host(s.vm, (GFN + SHARED) << 12, 1)
 
 

@@ -67,6 +67,7 @@ class Rig:
         protected: bool = True,
         ram_base: int = RAM,
         policy: MemoryPolicy = RFC_MEMORY,
+        smmu: bool = True,
     ) -> None:
         self.memory = PhysicalMemory(ram_base, ram_bytes)
         self.memory.add_window(
@@ -85,7 +86,7 @@ class Rig:
         self.mem = MemProtect(
             self.memory,
             host_bus=self.host_bus,
-            smmu=self.smmu,
+            smmu=self.smmu if smmu else None,
             streams=(STREAM,),
             guest_tlbi=self._guest_tlbi,
             invalidate_code=lambda pa, nbytes: self.code_forgotten.append((pa, nbytes)),
@@ -166,6 +167,13 @@ class Rig:
     def refused(self, errno: int, check_name: str = "") -> _Refusal:
         """A context that asserts a refusal which changed nothing at all."""
         return _Refusal(self, errno, check_name)
+
+
+def forget_dma_tlbis(rig: Rig) -> None:
+    """From now on EL2 forgets to invalidate single pages in the SMMU."""
+    assert rig.mem.smmu is not None
+    rig.mem.host._invalidate_dma_page = lambda vmid, ipa: None
+    rig.mem.smmu.invalidate_page = lambda vmid, ipa: None  # type: ignore[method-assign]
 
 
 class _Refusal:

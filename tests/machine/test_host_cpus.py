@@ -130,6 +130,7 @@ def test_firmware_ignores_what_it_does_not_need_of_x0() -> None:
 def test_an_invalidation_reaches_all_cpus() -> None:
     metal = Metal()
     boot, other = metal.cpus.boot.bus, metal.cpus.cpus[1].bus
+    metal.cpus.start(metal.cpus.cpus[1], 0, 0)
     other.read(RAM, 8)
     assert other.holds(RAM)
     boot.invalidate(RAM)
@@ -137,3 +138,6 @@ def test_an_invalidation_reaches_all_cpus() -> None:
     other.read(RAM, 8)
     boot.invalidate()
     assert not other.holds(RAM)
+    other.read(RAM, 8)
+    metal.cpus.stop(metal.cpus.cpus[1])
+    assert not other.holds(RAM), "without power nothing stays cached"
