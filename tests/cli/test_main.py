@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,21 @@ def test_what_is_not_a_size(text: str) -> None:
 def test_a_file_that_never_ends_is_not_read_to_its_end() -> None:
     with pytest.raises(LoadError, match="/dev/zero: an image of more than 1000 bytes"):
         options.read_file("/dev/zero", "an image", 1000)
+
+
+def test_a_file_takes_no_more_memory_than_it_has(tmp_path: Path) -> None:
+    """A computer may have less than the largest file that is allowed."""
+    path = tmp_path / "image"
+    data = bytes(range(256)) * (10 << 12)
+    path.write_bytes(data)
+    tracemalloc.start()
+    assert options.read_file(str(path), "an image") == data
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(data)
+    assert options.read_file(str(path), "an image", len(data)) == data
+    with pytest.raises(LoadError, match="more than"):
+        options.read_file(str(path), "an image", len(data) - 1)
 
 
 class Terminal(io.StringIO):

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,12 +173,18 @@ def test_what_handled_the_signal_before_does_so_again(kernel: DevKernel) -> None
 def test_a_kick_of_nobody_does_nothing(kernel: DevKernel) -> None:
     kernel.kick(0)
     kernel.kick(-1)
+    thread = threading.Thread(target=lambda: runners.update({5: threading.get_native_id()}))
+    runners = kicks.Runners()
+    thread.start()
+    thread.join()
+    runners.kick(5)  # the thread has ended
 
 
 WAITER = '''
-import ctypes, mmap, os, platform, struct, sys, threading, time
+import ctypes, fcntl, os, platform, struct, threading, time
 from pkvm.kvm import dev_kernel
 from pkvm.kvm.dev_kernel import DevKernel
+from pkvm.uapi.kvm import Ioctl
 
 libc = ctypes.CDLL(None, use_errno=True)
 PR_SET_NO_NEW_PRIVS, SET_MODE_FILTER, NEW_LISTENER = 38, 1, 8
@@ -187,23 +194,23 @@ program = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", 1, ctypes.address
 libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 listener = libc.syscall(SECCOMP, SET_MODE_FILTER, NEW_LISTENER, program)
 assert listener >= 0, os.strerror(ctypes.get_errno())
-dev_kernel._RUN = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV
+RECEIVE = 0xC0502100  # SECCOMP_IOCTL_NOTIF_RECV
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t) + (ctypes.c_int,) * 3 + (ctypes.c_long,)
 notification = libc.mmap(0x20000000, 4096, 3, 0x22, -1, 0)  # where an address is a C int
 assert notification == 0x20000000
+dev_kernel._ioctl = lambda fd, request, arg: fcntl.ioctl(fd, RECEIVE, notification)
 
 kernel = DevKernel()
 fd = os.memfd_create("vcpu")
 os.ftruncate(fd, 4096)
 page = kernel.mmap_vcpu(fd, 4096)
-in_kernel = threading.Event()
 results = []
 
 def run():
     for _ in range(3):
         try:
-            results.append(kernel.ioctl(listener, dev_kernel._RUN, notification))
+            results.append(kernel.ioctl(listener, Ioctl.RUN))
         except InterruptedError:
             results.append("EINTR")
 
@@ -211,7 +218,7 @@ def waits(thread):
     """Whether the thread waits in the ioctl."""
     with open(f"/proc/self/task/{thread.native_id}/syscall") as file:
         words = file.read().split()
-    return len(words) > 2 and int(words[2], 16) & 0xFFFFFFFF == dev_kernel._RUN
+    return len(words) > 2 and int(words[2], 16) & 0xFFFFFFFF == RECEIVE
 
 thread = threading.Thread(target=run)
 thread.start()

@@ -39,6 +39,8 @@ MODEL_DEFAULTS: dict[str, Any] = {
 unless they were given, so that another back-end need not ignore one in silence."""
 FILE_LIMIT = 1 << 30
 """Largest file that is read."""
+PART_BYTES = 4 << 20
+"""Read at a time."""
 
 
 def size(text: str) -> int:
@@ -156,11 +158,15 @@ def need_model(args: argparse.Namespace, verb: str) -> None:
 
 def read_file(path: str, what: str, limit: int = FILE_LIMIT) -> bytes:
     """The bytes of a file. Raises OSError, LoadError if it has more than `limit` bytes."""
+    parts, room = [], limit + 1
     with Path(path).open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+        # Not all at once: Python would make room for `limit` bytes first.
+        while part := file.read(min(PART_BYTES, room)):
+            parts.append(part)
+            room -= len(part)
+    if not room:
         raise LoadError(f"{path}: {what} of more than {limit} bytes cannot be used")
-    return data
+    return b"".join(parts)
 
 
 def firmware(args: argparse.Namespace) -> bytes:

@@ -17,10 +17,11 @@ from pkvm.kvm import libc, linux_memory
 from pkvm.kvm.advice import explained
 from pkvm.kvm.dev_mapping import DevMapping
 from pkvm.kvm.dev_memory import PAGE_SIZE, Stage
-from pkvm.kvm.kicks import INTERRUPTER, Runners
+from pkvm.kvm.kicks import INTERRUPTER, Runners, Self
 from pkvm.uapi.kvm import Ioctl
 from pkvm.uapi.memory import Backing
 
+_ioctl = fcntl.ioctl
 _RUN = int(Ioctl.RUN)
 _REG_LIST = int(Ioctl.GET_REG_LIST)
 _INT_MAX = (1 << 31) - 1
@@ -60,6 +61,7 @@ class DevKernel:
     def __init__(self) -> None:
         self._stage = Stage()
         self._runners = Runners()
+        self._self = Self()
 
     def open(self, path: str) -> int:
         """open(2) of a device, for reading and writing."""
@@ -68,15 +70,18 @@ class DevKernel:
     def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
         """ioctl(2); see `pkvm.kvm.kernel.Kernel`. KVM_RUN lets other threads run meanwhile, and an
         interrupted one is EINTR: nothing is tried again."""
+        if request == _RUN and arg == 0:
+            return self._run(fd)
         _check_fd(fd)
         try:
             if isinstance(arg, bytearray):
                 _check_room(request, arg)
                 result: int = fcntl.ioctl(fd, request, arg, True)
                 return result
-            if request == _RUN:
-                return self._run(fd, arg)
-            return _with_number(fd, request, arg)
+            if 0 <= arg <= _INT_MAX:
+                return fcntl.ioctl(fd, request, arg)
+            # `fcntl.ioctl` knows no more than a C int.
+            return libc.ioctl(fd, request, arg & _MASK64)
         except OSError as error:
             raise explained(request, arg, error) from None
 
@@ -108,19 +113,18 @@ class DevKernel:
         """RLIMIT_MEMLOCK, obeyed even by root; None: as it was at first. Raises OSError."""
         linux_memory.limit_memlock(limit)
 
-    def _run(self, fd: int, arg: int) -> int:
-        self._runners.enter(fd)
+    def _run(self, fd: int) -> int:
+        """KVM_RUN. The path of every device access: no check that Python makes as well."""
+        runners = self._runners
+        runners[fd] = self._self.tid
         try:
-            return _with_number(fd, _RUN, arg)
+            return _ioctl(fd, _RUN, 0)
+        except OSError as error:
+            raise explained(_RUN, 0, error) from None
+        except (OverflowError, ValueError):
+            raise OSError(errno.EBADF, f"descriptor {fd} is not open") from None
         finally:
-            self._runners.leave(fd)
-
-
-def _with_number(fd: int, request: int, number: int) -> int:
-    """ioctl(2) with an unsigned long; `fcntl.ioctl` knows no more than a C int."""
-    if 0 <= number <= _INT_MAX:
-        return fcntl.ioctl(fd, request, number)
-    return libc.ioctl(fd, request, number & _MASK64)
+            runners.pop(fd, None)
 
 
 def _check_fd(fd: int) -> None:

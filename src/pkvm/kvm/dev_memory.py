@@ -32,12 +32,15 @@ STAGE_BYTES = 256 << 10
 
 
 class Stage:
-    """The file through which bytes come and go: one for all memory of a kernel, any thread."""
+    """The file through which bytes come and go: one for all memory of a kernel, any thread. It is
+    mapped too, as no guest ever gets it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._fd = os.memfd_create("pkvm-stage", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)
+        os.ftruncate(self._fd, STAGE_BYTES)
+        self._bytes = mmap.mmap(self._fd, STAGE_BYTES)
 
     def load(self, address: int, length: int, access: str) -> bytes:
         """Bytes at a user address. Raises ProtectedPageError, naming `access`."""
@@ -46,17 +49,16 @@ class Stage:
             size = min(STAGE_BYTES, length - start)
             with self._lock:
                 _whole(libc.pwrite, self._fd, address + start, size, access)
-                parts.append(os.pread(self._fd, size, 0))
+                parts.append(self._bytes[:size])
         return b"".join(parts)
 
     def store(self, address: int, data: bytes, access: str) -> None:
         """Put bytes to a user address. Errors as `load`; what comes before the byte refused has
         been written."""
-        view = memoryview(data)
-        for start in range(0, len(view), STAGE_BYTES):
-            part = view[start : start + STAGE_BYTES]
+        for start in range(0, len(data), STAGE_BYTES):
+            part = data[start : start + STAGE_BYTES]
             with self._lock:
-                os.pwrite(self._fd, part, 0)
+                self._bytes[: len(part)] = part
                 _whole(libc.pread, self._fd, address + start, len(part), access)
 
 

@@ -32,9 +32,13 @@ _mmap = _declared("mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_l
 _munmap = _declared("munmap", c_int, c_void_p, c_size_t)
 _pread = _declared("pread", c_long, c_int, c_void_p, c_size_t, c_long)
 _pwrite = _declared("pwrite", c_long, c_int, c_void_p, c_size_t, c_long)
+_syscall = _declared("syscall", c_long, c_long, c_long, c_long, c_long)
 _sigaction = _declared("sigaction", c_int, c_int, c_void_p, c_void_p)
 _FAILED = (1 << 8 * ctypes.sizeof(c_void_p)) - 1
 """MAP_FAILED."""
+_TGKILL = {"x86_64": 234}.get(os.uname().machine, 131)
+"""The number of tgkill(2), of which musl knows nothing: x86's own, or that of arm64 and all later
+architectures (asm-generic/unistd.h)."""
 
 
 def ioctl(fd: int, request: int, argument: int) -> int:
@@ -68,6 +72,11 @@ def pread(fd: int, address: int, length: int, offset: int) -> int:
 def pwrite(fd: int, address: int, length: int, offset: int) -> int:
     """pwrite(2) of memory at `address`: how many bytes went. Raises OSError."""
     return _checked(_pwrite(fd, address, length, offset))
+
+
+def tgkill(tid: int, signal_number: int) -> None:
+    """Send a signal to a thread of this process. Raises OSError: ESRCH if there is no such one."""
+    _checked(_syscall(_TGKILL, os.getpid(), tid, signal_number))
 
 
 def interrupt_on(signal_number: int) -> Any:

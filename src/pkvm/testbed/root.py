@@ -73,6 +73,9 @@ APPLETS = _names(
 
 _LIBRARIES = {
     "libc6": ("ld-linux-aarch64.so.1", "libc.so.6", "libm.so.6"),
+    "libgcc-s1": (
+        "libgcc_s.so.1",
+    ),  # pthread_exit(3), which ends Python's daemon threads, loads it
     "zlib1g": ("libz.so.1",),
     "libexpat1": ("libexpat.so.1",),
     r"libffi\d+": ("libffi.so.*",),
