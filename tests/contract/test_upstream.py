@@ -14,6 +14,7 @@ import pytest
 from fakes.contract_rig import PAGE, RAM_IPA, errno_of
 from fakes.dialect_rig import CODE_IPA, FREE_IPA, Party, host, party
 from pkvm import guests
+from pkvm.arm64.psci import Function01
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, Function
 from pkvm.check.invariants import check
 from pkvm.guests.agent import Agent, AgentExitError, GuestExceptionError
@@ -233,8 +234,8 @@ def test_time_of_day_and_random_numbers(made: Party) -> None:
     assert (status, high, middle) == (0, 0, 0)
     assert low
     assert agent.hvc(Function.TRNG_RND32, 96)[0] == 0
-    for bits in (0, 97):
-        assert agent.hvc(Function.TRNG_RND32, bits)[0] == INVALID_PARAMS
+    assert agent.hvc(Function.TRNG_RND32, 0)[:4] == (0, 0, 0, 0)
+    assert agent.hvc(Function.TRNG_RND32, 97)[0] == INVALID_PARAMS
     assert agent.hvc(Function.TRNG_FEATURES, Function.TRNG_RND32)[0] == 0
     assert agent.hvc(Function.TRNG_FEATURES, Function.KVM_PTP)[0] == NOT_SUPPORTED
 
@@ -257,3 +258,36 @@ def test_255_vms_of_either_kind() -> None:
         kvm.create_vm(uapi.TYPE_PROTECTED).close()
         for vm in vms:
             vm.close()
+
+
+def test_a_guest_without_psci_0_2_has_kvms_calls_of_0_1(made: Party) -> None:
+    secondary = made.vm.create_vcpu(1)
+    secondary.init(power_off=True, features=())
+    vcpu = made.vm.create_vcpu(0)
+    vcpu.init(features=())
+    vcpu.set_reg("pc", CODE_IPA)
+    agent = Agent(vcpu)
+    agent.start()
+    assert agent.hvc(0x8400_0000)[0] == NOT_SUPPORTED
+    assert agent.hvc(Function01.CPU_SUSPEND)[0] == NOT_SUPPORTED
+    assert agent.hvc(Function01.CPU_ON, 9, CODE_IPA)[0] == INVALID_PARAMS
+    assert agent.hvc(Function01.CPU_ON, 1, CODE_IPA, 0x51)[0] == 0
+    assert secondary.get_reg("x0") == 0x51
+    assert agent.hvc(Function01.CPU_ON, 1, CODE_IPA)[0] == INVALID_PARAMS, "it is on"
+    for one in (vcpu, secondary):
+        one.close()
+
+
+def test_a_dirty_log_says_that_each_page_may_be_dirty(made: Party) -> None:
+    with made.kvm.create_vm(0) as other:
+        for slot, flags in ((3, uapi.MemFlag.LOG_DIRTY_PAGES), (4, 0)):
+            ipa = FREE_IPA + slot * (16 << 20)
+            other.set_user_memory_region(slot, ipa, made.ram, flags=flags, size=70 * PAGE)
+        bitmap = made.kvm.mmap(PAGE)
+        kernel = made.kvm.kernel
+        for slot, result in ((3, 0), (4, errno.ENOENT), (5, errno.ENOENT)):
+            argument = bytearray(uapi.DIRTY_LOG.pack(slot, 0, bitmap.address))
+            request = uapi.Ioctl.GET_DIRTY_LOG
+            assert errno_of(kernel.ioctl, other.fd, request, argument) == result
+        assert int.from_bytes(bitmap.read(0, 24), "little") == (1 << 70) - 1
+        bitmap.close()

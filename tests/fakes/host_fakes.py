@@ -465,7 +465,7 @@ class Rig:
         return fd
 
     def init(self, fd: int, *features: uapi.VcpuFeature) -> None:
-        word = sum(1 << feature for feature in features)
+        word = sum(1 << feature for feature in {uapi.VcpuFeature.PSCI_0_2, *features})
         argument = bytearray(uapi.VCPU_INIT.pack(uapi.TARGET_GENERIC_V8, word, *[0] * 6))
         self.kernel.ioctl(fd, uapi.Ioctl.ARM_VCPU_INIT, argument)
 

@@ -19,6 +19,7 @@ def test_request_numbers() -> None:
         "CHECK_EXTENSION": "0xae03",
         "GET_VCPU_MMAP_SIZE": "0xae04",
         "CREATE_VCPU": "0xae41",
+        "GET_DIRTY_LOG": "0x4010ae42",
         "SET_USER_MEMORY_REGION": "0x4020ae46",
         "SET_USER_MEMORY_REGION2": "0x40a0ae49",
         "CREATE_IRQCHIP": "0xae60",

@@ -45,6 +45,15 @@ class Function(IntEnum):
     SYSTEM_OFF2_64 = 0xC400_0015
 
 
+class Function01(IntEnum):
+    """KVM's function ids of PSCI 0.1, which the architecture left to the implementation."""
+
+    CPU_SUSPEND = 0x95C1_BA5E
+    CPU_OFF = 0x95C1_BA5F
+    CPU_ON = 0x95C1_BA60
+    MIGRATE = 0x95C1_BA61
+
+
 SUCCESS = 0
 NOT_SUPPORTED = -1 & MASK64
 INVALID_PARAMS = -2 & MASK64

@@ -68,10 +68,15 @@ def other(vcpu: Vcpu, results: Results) -> bool:
         return False
     if code == ExitCode.HYP_REQ:
         return _hyp_request(vcpu, results)
+    raise fail_entry(vcpu, code)
+
+
+def fail_entry(vcpu: Vcpu, reason: int) -> OSError:
+    """The error of a KVM_RUN that cannot enter the guest, with KVM_EXIT_FAIL_ENTRY."""
     vcpu.initialised = False
-    Run.FAIL_ENTRY.pack_into(vcpu.run, Run.UNION, code, 0)
+    Run.FAIL_ENTRY.pack_into(vcpu.run, Run.UNION, reason, 0)
     vcpu.exit_with(ExitReason.FAIL_ENTRY)
-    raise OSError(
+    return OSError(
         errno.EINVAL,
         "EL2 does not run this vCPU: it is powered off, in AArch32 state or raised an exception "
         "that nobody may handle; KVM_ARM_VCPU_INIT comes first",
@@ -238,7 +243,7 @@ def _wfx(vcpu: Vcpu, results: Results) -> bool:
 
 def _hvc(vcpu: Vcpu, results: Results) -> bool:
     """The preferred return address of HVC is the next instruction already."""
-    return guest_calls.protected_call(vcpu, results) if vcpu.vm.isolated else guest_calls.call(vcpu)
+    return guest_calls.protected_call(vcpu, results) if vcpu.vm.isolated else guest_calls.hvc(vcpu)
 
 
 def _smc(vcpu: Vcpu, results: Results) -> bool:

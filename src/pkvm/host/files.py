@@ -22,6 +22,7 @@ from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
 from pkvm.uapi.kvm import (
     API_VERSION,
+    DIRTY_LOG,
     MEMORY_REGION,
     MEMORY_REGION2_BYTES,
     MP_STATE,
@@ -33,6 +34,7 @@ from pkvm.uapi.kvm import (
     Cap,
     DmaCopy,
     Ioctl,
+    MemFlag,
     MpState,
 )
 
@@ -126,6 +128,7 @@ class VmFile:
             Ioctl.CREATE_VCPU: self._create_vcpu,
             Ioctl.SET_USER_MEMORY_REGION: self._set_user_memory_region,
             Ioctl.SET_USER_MEMORY_REGION2: self._set_user_memory_region2,
+            Ioctl.GET_DIRTY_LOG: self._get_dirty_log,
             Ioctl.ENABLE_CAP: partial(capabilities.enable, vm),
             Ioctl.ARM_SET_DEVICE_ADDR: self._set_device_addr,
             Ioctl.ARM_PREFERRED_TARGET: self._preferred_target,
@@ -158,6 +161,18 @@ class VmFile:
     def _set_user_memory_region2(self, argument: Argument) -> int:
         """KVM_SET_USER_MEMORY_REGION2 (KVM API 4.140): the same, as there is no guest_memfd."""
         self.vm.set_memory_region(argument.read(MEMORY_REGION2_BYTES)[: MEMORY_REGION.size])
+        return 0
+
+    def _get_dirty_log(self, argument: Argument) -> int:
+        """KVM_GET_DIRTY_LOG (KVM API 4.8): stores are not tracked, so each page may be dirty, every
+        time. Raises ENOENT for a slot without a log."""
+        number, _, address = DIRTY_LOG.unpack(argument.read(DIRTY_LOG.size))
+        slot = self.vm.slots.get(number)
+        if slot is None or not slot.flags & MemFlag.LOG_DIRTY_PAGES:
+            raise OSError(errno.ENOENT, f"slot {number} has no dirty log")
+        bitmap = (1 << slot.npages) - 1
+        words = -(-slot.npages // 64)
+        self.vm.host.users.copy_to_user(address, bitmap.to_bytes(8 * words, "little"))
         return 0
 
     def _check_extension(self, argument: Argument) -> int:

@@ -15,7 +15,7 @@ from pkvm.arm64.registers import SCTLR_EE, mpidr_of_vcpu_id
 from pkvm.host import guest_services, stolen_time
 from pkvm.host.vcpu import SCTLR_OFFSET, Vcpu
 from pkvm.hyp.abi import HostVcpu, RunResult
-from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent
+from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent, VcpuFeature
 
 SMCCC_VERSION_1_1 = 0x1_0001
 _MPIDR_AFFINITY = 0xFF_00FF_FFFF
@@ -42,6 +42,14 @@ _PSCI_OFFERED = frozenset(
         smccc.Function.SMCCC_VERSION,
     }
 )  # fmt: skip
+_HAS_PSCI_0_2 = 1 << VcpuFeature.PSCI_0_2
+_PSCI_MASK = 0xBFFF_FFE0
+_PSCI_0_1 = frozenset(int(function) for function in psci.Function01)
+_WORKAROUNDS = (
+    smccc.Function.ARCH_WORKAROUND_1,
+    smccc.Function.ARCH_WORKAROUND_2,
+    smccc.Function.ARCH_WORKAROUND_3,
+)
 _RESET2 = (Function.SYSTEM_RESET2_32, Function.SYSTEM_RESET2_64)
 _OFF2 = (Function.SYSTEM_OFF2_32, Function.SYSTEM_OFF2_64)
 _SINCE: dict[int, int] = {
@@ -101,7 +109,9 @@ def call(vcpu: Vcpu) -> bool:
     function = x0 & _MASK32
     if not function & _SMC64:
         x1, x2, x3 = x1 & _MASK32, x2 & _MASK32, x3 & _MASK32
-    if function == smccc.Function.VENDOR_UID:
+    if not (vcpu.vm.vcpu_features or 0) & _HAS_PSCI_0_2 and _is_psci(function):
+        answer(vcpu, _psci_0_1(vcpu, function, x1, x2, x3))
+    elif function == smccc.Function.VENDOR_UID:
         answer(vcpu, *smccc.VENDOR_HYP_UID)
     elif function in (Function.CPU_ON_32, Function.CPU_ON_64):
         answer(vcpu, _cpu_on(vcpu, x1, x2, x3))
@@ -122,6 +132,33 @@ def call(vcpu: Vcpu) -> bool:
     else:
         answer(vcpu, *_constant(vcpu, function, x1))
     return False
+
+
+def hvc(vcpu: Vcpu) -> bool:
+    """As `call`; by HVC alone a guest gets the workarounds for the CPU's speculation, of which this
+    one needs none."""
+    x0 = vcpu.word(HostVcpu.X)
+    if x0 & _MASK32 in _WORKAROUNDS and vcpu.vm.host.policy.services:
+        vcpu.set_word(HostVcpu.X, smccc.SUCCESS)
+        vcpu.mark_x_dirty()
+        return False
+    return call(vcpu)
+
+
+def _is_psci(function: int) -> bool:
+    """Whether a function id is of PSCI's range, or of KVM's for PSCI 0.1."""
+    return function & _PSCI_MASK == Function.PSCI_VERSION or function in _PSCI_0_1
+
+
+def _psci_0_1(vcpu: Vcpu, function: int, x1: int, x2: int, x3: int) -> int:
+    """The PSCI of a guest whose vCPUs were made without the feature PSCI_0_2."""
+    if function == psci.Function01.CPU_OFF:
+        _stop(vcpu)
+        return psci.SUCCESS
+    if function == psci.Function01.CPU_ON:
+        result = _cpu_on(vcpu, x1 & _MASK32, x2, x3)
+        return psci.INVALID_PARAMS if result == psci.ALREADY_ON else result
+    return psci.NOT_SUPPORTED
 
 
 def _is_no_type(function: int, x1: int, x2: int) -> bool:

@@ -56,7 +56,7 @@ def _alone(x0: int) -> Results:
 
 def _random(host: Host, bits: int, most: int) -> Results:
     """`bits` random bits, the lowest in X3; a register holds a third of `most`."""
-    if not 0 < bits <= most:
+    if bits > most:
         return _alone(smccc.TRNG_INVALID_PARAMETERS)
     width = most // 3
     mask = (1 << width) - 1

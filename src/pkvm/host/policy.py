@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from pkvm.arm64 import psci
 from pkvm.uapi import dialects
+from pkvm.uapi.kvm import VcpuFeature
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,11 @@ class Policy:
     """KVM_FEATURES of a non-protected guest."""
     services: bool
     """Whether there are TRNG, PTP and stolen time."""
+    unknown_register: int
+    """What KVM_ARM_VCPU_INIT puts where the architecture promises no reset value."""
+    vcpu_features: int
+    """KVM_ARM_VCPU_* features that may be asked for beside pointer authentication, whatever the
+    CPU has: a vCPU that has no use for them does not run, or goes without."""
 
 
 _PSCI = (
@@ -32,9 +38,31 @@ _PSCI = (
     psci.VERSION_1_3,
 )
 
+_BASIC = 1 << VcpuFeature.POWER_OFF | 1 << VcpuFeature.PSCI_0_2
+_PMU = 1 << VcpuFeature.PMU_V3
+_E2H0 = 1 << VcpuFeature.HAS_EL2_E2H0
+
 POLICIES: Mapping[str, Policy] = {
-    dialects.RFC.name: Policy((psci.VERSION_1_1,), features=1, services=False),
-    dialects.ANDROID.name: Policy(_PSCI[:3], features=3, services=True),
-    dialects.UPSTREAM.name: Policy(_PSCI, features=3, services=True),
+    dialects.RFC.name: Policy(
+        (psci.VERSION_1_1,),
+        features=1,
+        services=False,
+        unknown_register=0,
+        vcpu_features=_BASIC,
+    ),
+    dialects.ANDROID.name: Policy(
+        _PSCI[:3],
+        features=3,
+        services=True,
+        unknown_register=0,
+        vcpu_features=_BASIC,
+    ),
+    dialects.UPSTREAM.name: Policy(
+        _PSCI,
+        features=3,
+        services=True,
+        unknown_register=0x1DE7_EC7E_DBAD_C0DE,
+        vcpu_features=_BASIC | _PMU | _E2H0,
+    ),
 }
 """By the dialect's name."""

@@ -16,8 +16,10 @@ from pkvm.host.scheduler import KickedError
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import ExitCode, RunResult
-from pkvm.uapi.kvm import ExitReason, MpState, Run
+from pkvm.uapi.kvm import ExitReason, MpState, Run, VcpuFeature
 
+_PMU_V3 = 1 << VcpuFeature.PMU_V3
+_AARCH32 = 1 << VcpuFeature.EL1_32BIT
 _TRAP = int(ExitCode.TRAP)
 _STOPPED = MpState.STOPPED
 _IMMEDIATE_EXIT = Run.IMMEDIATE_EXIT
@@ -102,6 +104,11 @@ def _exited(vcpu: Vcpu, results: exits.Results) -> bool:
 def _load(vcpu: Vcpu) -> None:
     """Make the vCPU known to EL2 if it is not, and load it. Raises OSError."""
     vm = vcpu.vm
+    features = vm.vcpu_features or 0
+    if features & _PMU_V3:
+        raise OSError(errno.EINVAL, "the VM's PMU is not initialised, and this host has none")
+    if features & _AARCH32:
+        raise exits.fail_entry(vcpu, 0)
     if vm.gic is not None:
         vm.gic.map()
     if not vm.at_el2:

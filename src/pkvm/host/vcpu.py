@@ -12,6 +12,7 @@ import struct
 import threading
 from typing import TYPE_CHECKING
 
+from pkvm.arm64 import registers as r
 from pkvm.arm64.registers import PSTATE_RESET, SCTLR_EL1, SCTLR_EL1_RESET
 from pkvm.host.ports import PAGE_SIZE
 from pkvm.host.scheduler import Runner
@@ -26,10 +27,21 @@ if TYPE_CHECKING:
 _WORD = struct.Struct("<Q")
 _EXIT_REASON = Run.EXIT_REASON >> 2
 SCTLR_OFFSET = HostVcpu.SYSREGS + 8 * CONTEXT_SYSREGS.index(SCTLR_EL1)
+_UNKNOWN = tuple(
+    HostVcpu.SYSREGS + 8 * CONTEXT_SYSREGS.index(register)
+    for register in (
+        r.TTBR0_EL1, r.TTBR1_EL1, r.ESR_EL1, r.AFSR0_EL1, r.AFSR1_EL1, r.FAR_EL1, r.PAR_EL1,
+        r.MAIR_EL1, r.TPIDR_EL1, r.TPIDR_EL0, r.TPIDRRO_EL0,
+    )
+)  # fmt: skip
+"""Registers without an architected reset value."""
+_KEPT = (HostVcpu.SP_EL1, HostVcpu.ELR_EL1, HostVcpu.SPSR_EL1)
+_PSTATE_AARCH32 = 0x1D3
+"""Supervisor mode, A, I and F masked."""
 _DIRTY = int(VcpuFlag.DIRTY)
 _DIRTY_X = int(VcpuFlag.DIRTY_X)
 _POWER_OFF = 1 << VcpuFeature.POWER_OFF
-_SUPPORTED = _POWER_OFF | 1 << VcpuFeature.PSCI_0_2
+_AARCH32 = 1 << VcpuFeature.EL1_32BIT
 _KNOWN = (1 << len(VcpuFeature)) - 1
 NO_IPA = (1 << 64) - 1
 """No address (Linux's INVALID_GPA)."""
@@ -61,8 +73,6 @@ class Vcpu:
         self.closed = False
         """No descriptor names it any more."""
         self.initialised = False
-        self.features: int | None = None
-        """Features of the first KVM_ARM_VCPU_INIT but POWER_OFF; later ones must be the same."""
         self.power_off = False
         """Whether the last KVM_ARM_VCPU_INIT had POWER_OFF."""
         self.mp_state = MpState.RUNNABLE
@@ -97,17 +107,21 @@ class Vcpu:
             raise OSError(errno.EINVAL, f"target {target}: ask KVM_ARM_PREFERRED_TARGET")
         if any(words[1:]) or words[0] & ~_KNOWN:
             raise OSError(errno.ENOENT, f"unknown vCPU feature in {[hex(word) for word in words]}")
-        ptrauth = self.vm.host.ptrauth if words[0] & ~_SUPPORTED else 0
-        offered = _SUPPORTED | ptrauth
+        vm = self.vm
+        offered = vm.host.policy.vcpu_features
+        ptrauth = vm.host.ptrauth if words[0] & ~offered else 0
+        offered |= ptrauth
+        if vm.protected and not vm.isolated:
+            offered |= _AARCH32  # such a vCPU does not run
         refused = [item.name for item in VcpuFeature if words[0] & ~offered & 1 << item]
         if refused:
             raise OSError(errno.EINVAL, f"vCPU feature {', '.join(refused)} is not offered")
         if words[0] & ptrauth not in (0, ptrauth):
             raise OSError(errno.EINVAL, "PTRAUTH_ADDRESS and PTRAUTH_GENERIC go together")
         features = words[0] & ~_POWER_OFF
-        if self.features is not None and features != self.features:
-            raise OSError(errno.EINVAL, "KVM_ARM_VCPU_INIT again must name the same features")
-        self.features = features
+        if vm.vcpu_features is not None and features != vm.vcpu_features:
+            raise OSError(errno.EINVAL, "all vCPUs of a VM have the same features")
+        vm.vcpu_features = features
         self.power_off = bool(words[0] & _POWER_OFF)
         self.mp_state = MpState.STOPPED if self.power_off else MpState.RUNNABLE
         self.reset()
@@ -115,14 +129,20 @@ class Vcpu:
 
     def reset(self, pc: int = 0, x0: int = 0, sctlr_bits: int = 0) -> None:
         """Put the reset state of facts §6.1 into the page, with PC, X0 and further SCTLR_EL1 bits
-        as a PSCI CPU_ON asks."""
+        as a PSCI CPU_ON asks. As in Linux SP_EL1, ELR_EL1 and SPSR_EL1 stay as they were."""
         self.sync()
         page = bytearray(PAGE_SIZE)
-        features = (self.features or 0) | (_POWER_OFF if self.power_off else 0)
+        for offset in _KEPT:
+            _WORD.pack_into(page, offset, self.word(offset))
+        unknown = self.vm.host.policy.unknown_register
+        for offset in _UNKNOWN:
+            _WORD.pack_into(page, offset, unknown)
+        features = (self.vm.vcpu_features or 0) | (_POWER_OFF if self.power_off else 0)
+        pstate = _PSTATE_AARCH32 if features & _AARCH32 else PSTATE_RESET
         for offset, value in (
             (HostVcpu.X, x0),
             (HostVcpu.PC, pc),
-            (HostVcpu.PSTATE, PSTATE_RESET),
+            (HostVcpu.PSTATE, pstate),
             (HostVcpu.VCPU_ID, self.id),
             (HostVcpu.VCPU_IDX, self.index),
             (HostVcpu.FEATURES, features),

@@ -46,6 +46,8 @@ class Vm:
         """The first vCPU to enter becomes `primary`."""
         self.touch_pages = 0
         """Most pages that the guest gets at the first touch of one; 0: it has them all."""
+        self.vcpu_features: int | None = None
+        """KVM_ARM_VCPU_* features of its vCPUs but POWER_OFF, once one is initialised."""
         self.psci_version = host.policy.psci_versions[-1]
         """What the host tells those guests whose PSCI it is."""
         self.firmware_ipa: int | None = None

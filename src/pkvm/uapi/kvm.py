@@ -30,6 +30,7 @@ class Ioctl(IntEnum):
     SET_USER_MEMORY_REGION2 = _ioc(1, 0x49, 160)
     CREATE_IRQCHIP = _ioc(0, 0x60, 0)
     IRQ_LINE = _ioc(1, 0x61, 8)
+    GET_DIRTY_LOG = _ioc(1, 0x42, 16)
     IRQFD = _ioc(1, 0x76, 32)
     RUN = _ioc(0, 0x80, 0)
     GET_MP_STATE = _ioc(2, 0x98, 4)
@@ -173,6 +174,8 @@ class VcpuFeature(IntEnum):
     PTRAUTH_ADDRESS = 5
     PTRAUTH_GENERIC = 6
     HAS_EL2 = 7
+    HAS_EL2_E2H0 = 8
+    PMU_V3_STRICT = 9
 
 
 class MpState(IntEnum):
@@ -200,6 +203,8 @@ MEMORY_REGION = struct.Struct("<IIQQQ")
 """kvm_userspace_memory_region: slot, flags, guest_phys_addr, memory_size, userspace_addr."""
 MEMORY_REGION2_BYTES = 160
 """kvm_userspace_memory_region2: the same, then what is for guest_memfd alone."""
+DIRTY_LOG = struct.Struct("<IIQ")
+"""kvm_dirty_log: slot, padding, the bitmap's address."""
 ENABLE_CAP = struct.Struct("<II4Q64x")
 """kvm_enable_cap: cap, flags, args[4], pad."""
 ONE_REG = struct.Struct("<QQ")
