@@ -254,17 +254,22 @@ class Master:
 
 
 class Bus(Master):
-    """A master behind a stage-2 of its own: EL2 attaches and invalidates it directly."""
+    """A master behind a stage-2 of its own: EL2 attaches and invalidates it directly.
 
-    def __init__(self, memory: PhysicalMemory, name: str) -> None:
-        lock = threading.Lock()
+    `boot`: another CPU's bus whose invalidations reach this one too, as TLBI does (inner
+    shareable). The two share a lock.
+    """
+
+    def __init__(self, memory: PhysicalMemory, name: str, boot: Bus | None = None) -> None:
+        lock: threading.Lock = threading.Lock() if boot is None else boot.lock
         super().__init__(memory, name, lock)
+        self.lock: threading.Lock = lock
         self.on_fault: Callable[[int, Access, int], bool] | None = None
         """EL2's abort handler: (ipa, access, fault status code) -> whether to try again. May
         invalidate this bus; must not access memory through it."""
-        self.peers: tuple[Bus, ...] = ()
-        """Other CPUs' buses: TLBI reaches all CPUs (inner shareable), so an invalidation here is
-        one there."""
+        self._boot = boot
+        self._others: list[TlbPair] = []
+        """Of the buses that this one is `boot` of: the TLBs that may hold something."""
         self._take, self._drop = lock.acquire, lock.release
         self._load_pages, self._store_pages = self._loads.pages, self._stores.pages
 
@@ -276,20 +281,25 @@ class Bus(Master):
 
     def invalidate(self, ipa: int | None = None) -> None:
         """TLBI and DSB: forget the translation of `ipa`, the whole block if it was one; None:
-        all, here and at the peers. When it returns no access with a forgotten translation is
-        under way."""
-        for peer in self.peers:
-            peer.invalidate(ipa)
+        all. When it returns no access with a forgotten translation is under way."""
         self._take()  # spelt out: EL2 does this at every change of ownership
         try:
+            for tlb in self._others:
+                if ipa is None:
+                    tlb.forget_all()
+                else:
+                    tlb.forget(ipa)
             if ipa is None:
+                self._others.clear()
                 self._tlb.forget_all()
             elif self._tlb.has_blocks:
                 self._tlb.forget(ipa)
             else:
                 page = ipa >> PAGE_SHIFT
-                self._load_pages.pop(page, None)
-                self._store_pages.pop(page, None)
+                if page in self._load_pages:
+                    del self._load_pages[page]
+                if page in self._store_pages:
+                    del self._store_pages[page]
         finally:
             self._drop()
 
@@ -297,6 +307,12 @@ class Bus(Master):
         """What the TLB holds, as `TlbPair.columns`."""
         with self._lock:
             return self._tlb.columns()
+
+    def _fill(self, ipa: int, length: int, tlb: Tlb) -> int:
+        """As any master; what is kept must be reached by the boot CPU's invalidations."""
+        if self._boot is not None and self._tlb not in self._boot._others:
+            self._boot._others.append(self._tlb)
+        return super()._fill(ipa, length, tlb)
 
     def _refused(self, fault: Stage2Fault, retries: int) -> None:
         """Let EL2 handle a fault; raise it if EL2 does not or cannot."""

@@ -93,7 +93,7 @@ class HostCpus:
 
     def __init__(self, memory: PhysicalMemory, host_bus: Bus, recorder: Recorder) -> None:
         self._record = recorder.record
-        others = [Bus(memory, f"host-cpu{index}") for index in range(1, NR_HOST_CPUS)]
+        others = [Bus(memory, f"host-cpu{index}", host_bus) for index in range(1, NR_HOST_CPUS)]
         self.cpus = tuple(HostCpu(index, bus) for index, bus in enumerate([host_bus, *others]))
         self.boot = self.cpus[0]
         self.boot.power, self.boot.el = Affinity.ON, 1
