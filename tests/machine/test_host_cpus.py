@@ -139,5 +139,9 @@ def test_an_invalidation_reaches_all_cpus() -> None:
     boot.invalidate()
     assert not other.holds(RAM)
     other.read(RAM, 8)
+    assert other.holds(RAM)
+    boot.invalidate(RAM)
+    assert not other.holds(RAM)
+    other.read(RAM, 8)
     metal.cpus.stop(metal.cpus.cpus[1])
     assert not other.holds(RAM), "without power nothing stays cached"

@@ -268,8 +268,12 @@ class Bus(Master):
         """EL2's abort handler: (ipa, access, fault status code) -> whether to try again. May
         invalidate this bus; must not access memory through it."""
         self._boot = boot
-        self._others: list[TlbPair] = []
-        """Of the buses that this one is `boot` of: the TLBs that may hold something."""
+        self.peers: tuple[Bus, ...] = ()
+        """The buses that this one is `boot` of."""
+        if boot is not None:
+            boot.peers += (self,)
+        self._used: list[TlbPair] = []
+        """TLBs of peers that may hold something."""
         self._take, self._drop = lock.acquire, lock.release
         self._load_pages, self._store_pages = self._loads.pages, self._stores.pages
 
@@ -284,13 +288,13 @@ class Bus(Master):
         all. When it returns no access with a forgotten translation is under way."""
         self._take()  # spelt out: EL2 does this at every change of ownership
         try:
-            for tlb in self._others:
+            for tlb in self._used:
                 if ipa is None:
                     tlb.forget_all()
                 else:
                     tlb.forget(ipa)
             if ipa is None:
-                self._others.clear()
+                self._used.clear()
                 self._tlb.forget_all()
             elif self._tlb.has_blocks:
                 self._tlb.forget(ipa)
@@ -310,8 +314,8 @@ class Bus(Master):
 
     def _fill(self, ipa: int, length: int, tlb: Tlb) -> int:
         """As any master; what is kept must be reached by the boot CPU's invalidations."""
-        if self._boot is not None and self._tlb not in self._boot._others:
-            self._boot._others.append(self._tlb)
+        if self._boot is not None and self._tlb not in self._boot._used:
+            self._boot._used.append(self._tlb)
         return super()._fill(ipa, length, tlb)
 
     def _refused(self, fault: Stage2Fault, retries: int) -> None:
