@@ -32,8 +32,7 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
     beyond RLIMIT_MEMLOCK or without pages for tables, or what EL2 answers.
     """
     gfn, given = ipa >> PAGE_SHIFT, vm.donated
-    block = gfn & -BLOCK_PAGES
-    if gfn in given or given.get(block, 1) > 1:
+    if gfn in given or given.get(gfn & -BLOCK_PAGES, 1) > 1:
         takes = vm.host.dialect.lost_page is LostPage.TAKEN_EFAULT
         if takes and vm.host.el2.try_call(HostCall.VCPU_IN_POISON_FAULT):
             raise OSError(
@@ -41,7 +40,7 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
                 f"the host took the guest's page at IPA {ipa:#x} by force, and the guest wants it",
             )
         _donate(vm, vm.host.users.place(_user(slot, gfn), 1).pfn, gfn, 1)
-    elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, block):
+    elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, gfn & -BLOCK_PAGES):
         _give(vm, slot, gfn, 1)
 
 

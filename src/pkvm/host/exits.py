@@ -134,7 +134,9 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     """A stage-2 abort: MMIO, memory that a non-protected guest has not touched yet, or nothing."""
     _, _, esr, x0, far, hpfar, pstate, sctlr = results
     vm = vcpu.vm
-    access = vm.slots.accesses.get((esr, far, hpfar)) or _device_access(vcpu, results)
+    access = vm.slots.accesses.get((esr, far, hpfar)) or _device_access(
+        vcpu, results, esr, far, hpfar
+    )
     if access is None:
         return False
     ipa, size, is_write, mask = access
@@ -153,11 +155,10 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     return True
 
 
-def _device_access(vcpu: Vcpu, results: Results) -> Access | None:
+def _device_access(vcpu: Vcpu, results: Results, esr: int, far: int, hpfar: int) -> Access | None:
     """The load or store that the VMM is to emulate, remembered until a slot changes; None if there
     is none, and the abort is dealt with."""
     vm = vcpu.vm
-    _, _, esr, _, far, hpfar, _, _ = results
     ipa = (hpfar & HPFAR_FIPA_MASK) << 8 | far & 0xFFF
     slot = vm.slots.at(ipa)
     if slot is not None:
@@ -270,10 +271,10 @@ def _unknown(vcpu: Vcpu, results: Results) -> bool:
 
 
 _TRAPS: dict[int, Handler] = {
-    EC.WFX: _wfx,
-    EC.HVC64: _hvc,
-    EC.SMC64: _smc,
-    EC.SYS64: _sys64,
-    EC.IABT_LOW: _abort,
-    EC.DABT_LOW: _abort,
+    int(EC.WFX): _wfx,
+    int(EC.HVC64): _hvc,
+    int(EC.SMC64): _smc,
+    int(EC.SYS64): _sys64,
+    int(EC.IABT_LOW): _abort,
+    int(EC.DABT_LOW): _abort,
 }

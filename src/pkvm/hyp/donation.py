@@ -18,6 +18,7 @@ from pkvm.hyp.abi import SGLIST_ENTRY_BYTES
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.mem_protect import MemProtect
 from pkvm.hyp.memory_policy import FirmwareRule
+from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.vm import Vm
 from pkvm.hyp.vmemmap import HOST_OWNED, HOST_SHARED_WITH_HYP
 from pkvm.machine.cpu.engine import CpuEngine
@@ -32,8 +33,11 @@ class Donation:
     """DONATE_GUEST and its kin. Called with EL2's lock held; every method raises Refused and has
     then changed nothing."""
 
-    def __init__(self, mem: MemProtect, engine: CpuEngine, recorder: Recorder) -> None:
+    def __init__(
+        self, mem: MemProtect, cpu: PhysicalCpu, engine: CpuEngine, recorder: Recorder
+    ) -> None:
         self._mem = mem
+        self._cpu = cpu
         self._engine = engine
         self._record = recorder.record
         self._by_page = mem.policy.firmware is FirmwareRule.PAGES
@@ -71,9 +75,11 @@ class Donation:
         vm.firmware_ipa = ipa
         vm.firmware_bytes = nbytes
 
-    def donate(self, vm: Vm, pfn: int, gfn: int, nr: int) -> None:
-        """One range. Raises Refused as `MemProtect.host_donate_guest`, and where the firmware comes
-        at once, EINVAL for a range that covers its only in part."""
+    def donate(self, pfn: int, gfn: int, nr: int) -> None:
+        """One range, to the VM whose vCPU is loaded. Raises Refused: EINVAL if there is none or it
+        is not protected, as `MemProtect.host_donate_guest`, and where the firmware comes at once,
+        EINVAL for a range that covers its only in part."""
+        vm = self._cpu.loaded(protected=True).vm
         if vm.words[_FIRMWARE_BYTES] and not vm.firmware_loaded:
             entries = np.array([[pfn, gfn, nr]], np.uint64)
             if self._has_firmware(vm, entries):

@@ -60,12 +60,12 @@ class HostCalls:
             if not there
         }
         self.table: dict[int, Entry] = {
-            call: Entry(call.name, arity, handler, HostHypercall(call.name, 0))
+            int(call): Entry(call.name, arity, handler, HostHypercall(call.name, 0))
             for call, arity, handler in (
                 (HostCall.GIC_CONFIG, 0, lambda: VTR_VALUE),
                 (HostCall.HOST_SHARE_HYP, 1, mem.host_share_hyp),
                 (HostCall.HOST_UNSHARE_HYP, 1, mem.host_unshare_hyp),
-                (HostCall.HOST_DONATE_GUEST, 3, self._donate_guest),
+                (HostCall.HOST_DONATE_GUEST, 3, donation.donate),
                 (HostCall.HOST_SHARE_GUEST, 4, self._share_guest),
                 (HostCall.HOST_UNSHARE_GUEST, 3, self._unshare_guest),
                 (HostCall.RELAX_PERMS_GUEST, 2, self._relax_perms),
@@ -97,9 +97,6 @@ class HostCalls:
             )
             if call not in absent
         }
-
-    def _donate_guest(self, pfn: int, gfn: int, nr: int) -> None:
-        self._donation.donate(self._cpu.loaded(protected=True).vm, pfn, gfn, nr)
 
     def _share_guest(self, pfn: int, gfn: int, nr: int, prot: int) -> None:
         self._mem.host_share_guest(self._cpu.loaded(protected=False).vm, pfn, gfn, nr, prot)

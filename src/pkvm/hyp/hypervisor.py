@@ -149,7 +149,7 @@ class Hypervisor:
         self._take, self._drop = self.cpu.lock.acquire, self.cpu.lock.release
         ptrauth = has_ptrauth(engine)
         life = Lifecycle(self.mem, self.table, self.cpu, recorder, policy, ptrauth=ptrauth)
-        donation = Donation(self.mem, engine, recorder)
+        donation = Donation(self.mem, self.cpu, engine, recorder)
         self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation).table
 
     def initialise(self) -> None:

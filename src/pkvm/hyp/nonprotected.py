@@ -31,6 +31,9 @@ from pkvm.arm64.esr import (
     ipa_to_hpfar,
 )
 from pkvm.arm64.registers import (
+    ESR_EL2,
+    FAR_EL2,
+    HPFAR_EL2,
     PSTATE_DAIF,
     PSTATE_DIT,
     PSTATE_EL0T,
@@ -82,9 +85,6 @@ _NONPROTECTED = int(ExitClass.NONPROTECTED)
 _EXIT_CLASS, _PAGE_IS_CURRENT, _STARTED = (
     Vcpu.index_of(name) for name in ("exit_class", "page_is_current", "started")
 )
-_EXIT_ESR, _EXIT_FAR, _EXIT_HPFAR = (
-    Vcpu.index_of(name) for name in ("exit_esr", "exit_far", "exit_hpfar")
-)
 _MODES = (PSTATE_EL0T, PSTATE_EL1T, PSTATE_EL1H)
 """What PSTATE.M may be: never EL2 or AArch32."""
 _SSBS = 1 << 12
@@ -97,12 +97,12 @@ _SPSR_BITS = 0xFFFF_FFFF
 _ABORTS = (int(EC.IABT_LOW), int(EC.DABT_LOW))
 _WRITE_FAULT = EC.DABT_LOW << EC_SHIFT | IL | WNR | FSC_TRANSLATION + LAST_LEVEL
 _REASONS: dict[int, tuple[str, bool]] = {
-    EC.WFX: ("wfx", False),
-    EC.HVC64: ("hvc", False),
-    EC.SMC64: ("smc", False),
-    EC.SYS64: ("sysreg", False),
-    EC.IABT_LOW: ("iabt", True),
-    EC.DABT_LOW: ("dabt", True),
+    int(EC.WFX): ("wfx", False),
+    int(EC.HVC64): ("hvc", False),
+    int(EC.SMC64): ("smc", False),
+    int(EC.SYS64): ("sysreg", False),
+    int(EC.IABT_LOW): ("iabt", True),
+    int(EC.DABT_LOW): ("dabt", True),
 }
 """By exception class: `GuestExit.reason`, and whether it is about an address."""
 _OTHER = ("trap", False)
@@ -140,23 +140,24 @@ class NonProtected:
         trapped = words[_EXIT_CLASS] == _NONPROTECTED
         words[_EXIT_CLASS] = 0
         if flags & _PENDING_EXCEPTION and trapped:
-            if vcpu.exit_esr >> EC_SHIFT in _ABORTS:
-                inject.external_abort(self._engine, vcpu.exit_esr, vcpu.exit_far)
+            engine = self._engine
+            if engine.esr_el2 >> EC_SHIFT in _ABORTS:
+                inject.external_abort(engine, engine.esr_el2, engine.far_el2)
             else:
-                inject.undefined(self._engine)
+                inject.undefined(engine)
         elif flags & _INCREMENT_PC:
             self._engine.skip_instruction()
         return True
 
     def exit_trap(self, vcpu: Vcpu, trap: Trap) -> None:
-        """Exit to the host with everything."""
+        """Exit to the host with everything. What it was for stays in ESR_EL2, FAR_EL2 and
+        HPFAR_EL2: they are part of the vCPU's context."""
         words, page = vcpu.words, vcpu.page
         page[X0:_END_OF_X] = self._x
         esr, page[_PC], pstate, page[_SCTLR], far, hpfar = trap
         page[PSTATE] = pstate
         words[_PAGE_IS_CURRENT] = _SHOWN
         words[_EXIT_CLASS] = _NONPROTECTED
-        words[_EXIT_ESR], words[_EXIT_FAR], words[_EXIT_HPFAR] = esr, far, hpfar
         self.results = (SMCCC_SUCCESS, _TRAP, esr, 0, far, hpfar, pstate, 0)
         reason, is_abort = _REASONS.get(esr >> EC_SHIFT, _OTHER)
         ipa = (hpfar & HPFAR_FIPA_MASK) << 8 if is_abort else NO_ADDRESS
@@ -164,8 +165,11 @@ class NonProtected:
 
     def exit_fault(self, vcpu: Vcpu, ipa: int) -> None:
         """Exit to the host as for a write to the page at `ipa`, which is not there (facts §6.5)."""
-        _, pc, pstate, sctlr, _, _ = self._engine.trap_state()
-        self.exit_trap(vcpu, (_WRITE_FAULT, pc, pstate, sctlr, 0, ipa_to_hpfar(ipa)))
+        engine = self._engine
+        engine.write_sysreg(ESR_EL2, _WRITE_FAULT)
+        engine.write_sysreg(FAR_EL2, 0)
+        engine.write_sysreg(HPFAR_EL2, ipa_to_hpfar(ipa))
+        self.exit_trap(vcpu, engine.trap_state())
 
     def request(self, vcpu: Vcpu, kind: HypRequest, npages: int, ipa: int = 0) -> None:
         """Exit to the host for something that EL2 needs."""

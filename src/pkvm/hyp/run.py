@@ -37,7 +37,14 @@ from pkvm.machine.cpu.engine import CpuEngine, StopReason
 _VECTOR = StopReason.VECTOR
 _ILLEGAL = int(ExitClass.ILLEGAL)
 _ON = int(Affinity.ON)
-_ABORTS = (ExitClass.IABT, ExitClass.DABT, ExitClass.MMIO_READ, ExitClass.MMIO_WRITE)
+_ABORTS = (
+    ExitClass.IABT,
+    ExitClass.DABT,
+    ExitClass.MMIO_READ,
+    ExitClass.MMIO_WRITE,
+    ExitClass.NONPROTECTED,
+)
+"""Exits that may be for an abort."""
 _ABORT_ECS = (EC.IABT_LOW, EC.DABT_LOW)
 _EXIT_CLASS, _POWER = Vcpu.index_of("exit_class"), Vcpu.index_of("power")
 
@@ -179,17 +186,15 @@ class PhysicalCpu:
     def fault_ipa(self, vcpu: Vcpu) -> int:
         """The page at which a protected vCPU's last exit found nothing mapped, as EL2 itself knows
         it. Raises Refused(EINVAL) if the last exit was for something else."""
-        kind = vcpu.words[_EXIT_CLASS]
-        shown = kind == ExitClass.NONPROTECTED and vcpu.exit_esr >> EC_SHIFT in _ABORT_ECS
-        if kind not in _ABORTS and not shown:
-            raise Refused(Errno.EINVAL, "exit_class", "the last exit was no abort", vm=vcpu.handle)
-        esr, hpfar = vcpu.exit_esr, vcpu.exit_hpfar
-        if not shown:
+        esr = 0
+        if vcpu.words[_EXIT_CLASS] in _ABORTS:
             self._switch_to(vcpu)
-            esr, hpfar = self._engine.esr_el2, self._engine.hpfar_el2
+            esr = self._engine.esr_el2
+        if esr >> EC_SHIFT not in _ABORT_ECS:
+            raise Refused(Errno.EINVAL, "exit_class", "the last exit was no abort", vm=vcpu.handle)
         if esr & FSC_TYPE_MASK != FSC_TRANSLATION:
             raise Refused(Errno.EINVAL, "fsc", "it was no translation fault", vm=vcpu.handle)
-        return (hpfar & HPFAR_FIPA_MASK) << 8
+        return (self._engine.hpfar_el2 & HPFAR_FIPA_MASK) << 8
 
     def flush_tlb(self, vmid: int) -> None:
         """TLBI and DSB for a VM. Only the one whose context the CPU holds has anything there."""

@@ -39,10 +39,6 @@ class Vcpu(Area):
     """1 once the vCPU has been reset, so that there is a context."""
     exit_class = Word(0x3C18)
     """`exits.ExitClass` of the last exit: what the host's answer may be about."""
-    exit_esr = Word(0x3C20)
-    """The last exit's whole ESR_EL2, if the host sees everything."""
-    exit_far = Word(0x3C28)
-    """The last exit's whole FAR_EL2, likewise."""
     exit_function = Word(0x3C30)
     """SMCCC function id of an exit for a call."""
     page_is_current = Word(0x3C38)
@@ -69,8 +65,6 @@ class Vcpu(Area):
     """ICH_AP0R0_EL2."""
     vgic_ap1r = Word(0x3C90)
     """ICH_AP1R0_EL2."""
-    exit_hpfar = Word(0x3C98)
-    """The last exit's HPFAR_EL2, if the host sees everything."""
     started_by_host = Word(0x3CA0)
     """1 if ON_PENDING is for the host's wish at INIT_VCPU, not for a CPU_ON."""
 

@@ -288,16 +288,13 @@ class Bus(Master):
         all. When it returns no access with a forgotten translation is under way."""
         self._take()  # spelt out: EL2 does this at every change of ownership
         try:
-            for tlb in self._used:
-                if ipa is None:
-                    tlb.forget_all()
-                else:
-                    tlb.forget(ipa)
             if ipa is None:
+                for tlb in (self._tlb, *self._used):
+                    tlb.forget_all()
                 self._used.clear()
-                self._tlb.forget_all()
-            elif self._tlb.has_blocks:
-                self._tlb.forget(ipa)
+            elif self._used or self._tlb.has_blocks:
+                for tlb in (self._tlb, *self._used):
+                    tlb.forget(ipa)
             else:
                 page = ipa >> PAGE_SHIFT
                 if page in self._load_pages:
