@@ -81,7 +81,7 @@ def test_another_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     ("number", "words"),
     [
         (errno.ENOENT, r"CONFIG_KVM.*EL2.*dmesg"),
-        (errno.EACCES, "join the group"),
+        (errno.EACCES, "not yours to open: become root"),
         (errno.ENODEV, "modprobe kvm"),
         (errno.EMFILE, "Too many open files"),
     ],
@@ -90,6 +90,17 @@ def test_what_is_missing(number: int, words: str) -> None:
     with pytest.raises(OSError, match=words) as caught:
         opening.open_device("/dev/null", Refuses(number))
     assert (caught.value.errno, caught.value.filename) == (number, "/dev/null")
+
+
+@pytest.mark.usefixtures("arm64")
+def test_whose_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "group", lambda self: "kvm")
+    path = tmp_path / "kvm"
+    path.touch()
+    for mode, words in ((0o660, "join the group kvm and log in again"), (0o600, "become root")):
+        path.chmod(mode)
+        with pytest.raises(OSError, match=words):
+            opening.open_device(str(path), Refuses(errno.EACCES))
 
 
 @pytest.mark.usefixtures("arm64")

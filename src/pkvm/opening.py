@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 _MACHINES = ("aarch64", "arm64")
+_GROUP_MAY = 0o060
+"""Reading and writing, in a file's mode."""
 
 
 def open(backend: str = MODEL, **options: Unpack[Options]) -> Kvm:
@@ -93,18 +95,22 @@ def _missing(path: str, number: int) -> str:
                 "EL2, which KVM needs; its log says which (dmesg | grep kvm)"
             )
         case errno.EACCES | errno.EPERM:
-            return f"it is not yours to open: join the group {_group(path)}, or become root"
+            group = _group(path)
+            advice = f"join the group {group} and log in again" if group else "become root"
+            return f"it is not yours to open: {advice}"
         case errno.ENODEV | errno.ENXIO:
             return "the file is there and its driver is not: load it (modprobe kvm)"
     return os.strerror(number)
 
 
 def _group(path: str) -> str:
-    """The name of the group that the file belongs to."""
+    """The name of the group whose members may open the file; "" if there is no such group."""
     # Imported here: only a refusal needs it.
     from pathlib import Path
 
+    file = Path(path)
     try:
-        return Path(path).group()
-    except KeyError:
-        return str(Path(path).stat().st_gid)
+        mode, group = file.stat().st_mode, file.group()
+    except (KeyError, OSError):
+        return ""
+    return group if mode & _GROUP_MAY == _GROUP_MAY and group != "root" else ""

@@ -139,12 +139,41 @@ def test_what_is_missing_is_one_line(capsys: pytest.CaptureFixture[str]) -> None
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["info", "ptdump"])
-def test_verbs_that_look_into_the_machine_need_it(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([verb, "--backend", "/dev/kvm"]) == status.USAGE
+def test_ptdump_looks_into_the_machine_and_needs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ptdump", "--backend", "/dev/kvm"]) == status.USAGE
     assert "looks into the built-in machine, and /dev/kvm is none" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("host")
+def test_info_asks_the_kernel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--backend", "/dev/kvm", "--json"]) == status.OK
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["backend"], facts["dialect"]) == ("/dev/kvm", "upstream")
+    assert (facts["protected_mode"], facts["api_version"], facts["kernel"]) == (
+        True,
+        12,
+        "Linux 7.3",
+    )
+    assert facts["capabilities"]["ONE_REG"] == 1
+    assert "READONLY_MEM" in facts["not_for_protected"]
+    for unknown in ("ram", "hyp_bytes", "cpu_model", "engine", "clock", "hypercalls"):
+        assert unknown not in facts
+    assert main(["info", "--backend", "/dev/kvm"]) == status.OK
+    text = capsys.readouterr().out
+    assert "kernel:         Linux 7.3, " in text
+    assert "protected mode: yes" in text
+    assert main(["info", "--backend", "/dev/kvm", "--features"]) == status.USAGE
+    assert "--features of the built-in machine" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("host")
+def test_info_of_a_kernel_without_protected_mode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with System(64 << 20, dialect="upstream", protected=False) as system:
+        monkeypatch.setattr(dev_kernel, "DevKernel", lambda: system.kernel)
+        assert main(["info", "--backend", "/dev/kvm"]) == status.OK
+    assert "protected mode: no: every VM is open to the host" in capsys.readouterr().out
 
 
 ALONE = """

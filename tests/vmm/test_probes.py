@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from fakes.fake_kernel import PAGE, FakeKernel, FakeMemory, Guest
+from fakes.fake_kernel import PAGE, Block, FakeKernel, FakeMemory, Guest, just
 from fakes.guests import SHARED_IPA, SharingGuest
 from pkvm.kvm import Kvm
 from pkvm.vmm.board import IMAGE_BASE, RAM_BASE, Board
@@ -282,3 +282,20 @@ def test_without_an_account_the_bounce_pool_is_shared() -> None:
     assert not probes.got_through
     assert probes.shared["load"].tried == 1 + 2 * 255
     assert probes.shared["load"].refused == 0
+
+
+def test_without_an_account_a_guest_that_never_ran_has_touched_nothing() -> None:
+    """Such as one whose time was up before."""
+    guest = TouchGuest()
+    guest.kernel = TouchKernel(lambda _: just(Block()))
+    probes = Probes()
+
+    def observe(moment: Moment) -> None:
+        probes.attempt(vmm, moment)
+
+    kvm = Kvm(guest.kernel)
+    with Vmm(kvm, BOARD, IMAGE, console=lambda _: None, observe=observe) as vmm:
+        assert vmm.run(0.01).kind == "timeout"
+        assert not vmm.ran
+    assert probes.tried == 0
+    assert probes.untouched == probes.pages > 0

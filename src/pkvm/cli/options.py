@@ -34,6 +34,7 @@ MODEL_DEFAULTS: dict[str, Any] = {
     "clock": "real",
     "check": False,
     "trace": None,
+    "features": False,
 }
 """Options of the built-in machine, by the names under which argparse keeps them. They are not there
 unless they were given, so that another back-end need not ignore one in silence."""

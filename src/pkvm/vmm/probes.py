@@ -329,8 +329,8 @@ def _bounces(vmm: Vmm, page: Page) -> bool:
 
 def _is_as_loaded(vmm: Vmm, page: Page) -> bool:
     """Whether the page can be used and holds what the VMM put there before the guest ran; never so
-    where the guest started."""
-    if page.ipa <= vmm.image.entry < page.ipa + PAGE_SIZE:
+    where the guest started, if it did."""
+    if vmm.ran and page.ipa <= vmm.image.entry < page.ipa + PAGE_SIZE:
         return False
     parts = [(segment.ipa, segment.data) for segment in vmm.image.segments]
     parts.append((board.DTB_BASE, vmm.device_tree))

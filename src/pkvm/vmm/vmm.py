@@ -144,6 +144,9 @@ class Vmm:
         self._outcome: Outcome | None = None
         self._failure: BaseException | None = None
         self._end_calls: list[Callable[[], object]] = []
+        self.ran = False
+        """Whether a vCPU is known to have run guest code: it left the guest for a reason of its
+        own."""
         self.stray_accesses = 0
         """MMIO accesses to addresses without a device: they read as zero."""
         self.mailbox = Mailbox(self._on_event)
@@ -371,6 +374,7 @@ class Vmm:
                 return Outcome("kernel-error", f"KVM_RUN of vCPU {vcpu.id}: {error}")
             if type(exit_) is Mmio:
                 address, size, data, is_write = exit_
+                self.ran = True
                 device = devices(address >> PAGE_SHIFT)
                 take()  # spelt out: a `with` costs half as much again
                 try:
@@ -390,6 +394,7 @@ class Vmm:
 
     def _outcome_of(self, vcpu: Vcpu, exit_: Exit) -> Outcome | None:
         """How the run ends with this exit; None if the vCPU is to be run again."""
+        self.ran = self.ran or not isinstance(exit_, Intr)
         match exit_:
             case Intr():
                 if self._ended.is_set():
