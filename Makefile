@@ -4,11 +4,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# What the tests need from Debian: a cross compiler for guests/, dtc for device trees, and what
-# builds the kernel in guests/linux, which the benchmarks need too, beside QEMU.
+# What the tests need from Debian: a cross compiler for guests/, dtc for device trees, QEMU for the
+# test bed, and what builds the kernel in guests/linux, which the benchmarks need too, beside QEMU.
 KERNEL_PACKAGES := bc bison flex gcc-aarch64-linux-gnu libc6-dev xz-utils
 DEBIAN_PACKAGES := binutils-aarch64-linux-gnu device-tree-compiler e2fsprogs passt \
-	$(KERNEL_PACKAGES)
+	qemu-system-arm $(KERNEL_PACKAGES)
 BENCH_PACKAGES  := qemu-system-arm $(KERNEL_PACKAGES)
 ARGS   ?=
 

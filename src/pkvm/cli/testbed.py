@@ -136,24 +136,33 @@ def execute(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
     show = _Progress(quiet=args.quiet)
-    store = Store()
-    if args.action == "clean":
-        store.clean()
-        return status.OK
-    if args.action == "make":
-        store.clean()
+    if args.action in ("make", "clean"):
+        if args.ssh is not None:
+            raise LoadError(f"{args.action} is for emulated machines: leave --ssh out")
+        store = Store()
+        if args.action == "clean":
+            store.clean()
+            return status.OK
+        store.kernel(args.kernel, show, anew=True)
+        store.root(show, anew=True)
+    if args.action == "shell" and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise LoadError("a shell needs a terminal: without one, run a command instead")
+    files = {}
+    for word in args.put:
+        here, _, there = word.partition(":")
+        files[there or Path(here).name] = Path(here).read_bytes()
     started = time.monotonic()
-    with _bed(args, show) as bed:
+    with _bed(args, show, files) as bed:
         seconds = time.monotonic() - started
         show.done()
         if args.action == "run":
-            return _run(args, bed)
+            return _run(args, bed, files)
         if args.action == "shell":
             return _shell(bed)
         return _check(args, bed, seconds)
 
 
-def _bed(args: argparse.Namespace, show: Callable[[str], None]) -> Bed:
+def _bed(args: argparse.Namespace, show: Callable[[str], None], files: dict[str, bytes]) -> Bed:
     if args.ssh is not None:
         return SshBed(args.ssh, progress=show)
     machine = qemu.Machine(args.qemu, args.cpu, args.smp, args.memory // MIB)
@@ -161,15 +170,16 @@ def _bed(args: argparse.Namespace, show: Callable[[str], None]) -> Bed:
         machine,
         kernel=args.kernel,
         append=args.append,
+        files=files,
         progress=show,
         on_console=_to_stderr if args.log else None,
     )
 
 
-def _run(args: argparse.Namespace, bed: Bed) -> int:
-    for word in args.put:
-        here, _, there = word.partition(":")
-        bed.put(there or Path(here).name, Path(here).read_bytes())
+def _run(args: argparse.Namespace, bed: Bed, files: dict[str, bytes]) -> int:
+    if args.ssh is not None:
+        for path, data in files.items():
+            bed.put(path, data)
     result = bed.run(
         args.command,
         timeout=args.timeout,
@@ -219,8 +229,6 @@ def _check(args: argparse.Namespace, bed: Bed, seconds: float) -> int:
 def _shell(bed: Bed) -> int:
     """A prompt at this terminal."""
     fd = sys.stdin.fileno()
-    if not (os.isatty(fd) and sys.stdout.isatty()):
-        raise BedError("a shell needs a terminal: use `pkvm testbed run sh -c '...'` without one")
     keys = Keys(DEFAULT_ESCAPE)
     size = os.get_terminal_size(sys.stdout.fileno())
 

@@ -15,6 +15,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath
 
 from pkvm.testbed import qemu, root
 from pkvm.testbed.base import (
@@ -52,7 +53,7 @@ class TestBed(Bed):
     """An emulated arm64 machine.
 
     `kernel` is a Debian series such as "7.3" or an Image's path; `files` are put in before the
-    start, by absolute path, which is the quickest way for large ones. `append` is added to the
+    start, which is the quickest way for large ones. `append` is added to the
     kernel's command line. `on_console` sees the kernel's log as it comes.
     """
 
@@ -83,6 +84,8 @@ class TestBed(Bed):
         self._link: Link | None = None
         self._token = secrets.token_hex(8)
         self._count = 0
+        self._idle = False
+        """Commands were run, and the last one came to its end."""
         self._sources: dict[str, str] = {}
         self._python = ""
 
@@ -164,6 +167,7 @@ class TestBed(Bed):
                 link.send(CONSOLE, data)
 
         self._count += 1
+        self._idle = False
         size = f"stty rows {terminal.rows} columns {terminal.columns}"
         link.send(
             CONTROL,
@@ -175,7 +179,11 @@ class TestBed(Bed):
         link.unwatch(terminal.fd)
         link.on_console = self._on_console
         said = link.lines.pop().split()
-        return int(said[2]) if said[0] == "done" else 0
+        if said[0] == "done":
+            self._idle = True
+            return int(said[2])
+        self.close()  # the shell still has the machine
+        return 0
 
     def close(self) -> None:
         """End the machine. What Python compiled in it is kept for the next."""
@@ -183,7 +191,7 @@ class TestBed(Bed):
             return
         process, self._process = self._process, None
         try:
-            if self._count:
+            if self._idle:
                 self._harvest()
         except BedError:
             pass  # the machine is gone: the next one compiles again
@@ -201,11 +209,12 @@ class TestBed(Bed):
             path: digest(path, data) for path, data in files.items() if path.endswith(".py")
         }
         files |= self._store.compiled(self._sources, base.python)
+        given = {str(PurePosixPath(root.HOME, path)): data for path, data in self._files.items()}
         number = os.memfd_create("initrd")
         try:
             with open(number, "wb", closefd=False) as file:
                 file.write(base.archive.read_bytes())
-                file.write(overlay(files | self._files))
+                file.write(overlay(files | given))
         except OSError as error:
             os.close(number)
             raise BedError(f"the initramfs cannot be written: {error.strerror}") from error
@@ -275,6 +284,7 @@ class TestBed(Bed):
         """Have the machine's shell run a line of script to its end."""
         link = self._linked()
         self._count += 1
+        self._idle = False
         words = f"{self._token} {self._count}"
         marker = f"\x01{words}\x01".encode()
         link.outputs = {"output": Output(marker, on_stdout), "error": Output(marker, on_stderr)}
@@ -289,7 +299,9 @@ class TestBed(Bed):
             link.send(CONTROL, f"kill -9 -$(cat {_PID})\n".encode())
             if not self._wait_for_end(time.monotonic() + KILL_SECONDS):
                 raise BedError("the emulated machine hangs: a command cannot be ended")
+            self._idle = True
             raise TimedOut(f"the command took longer than {timeout:g} s")
+        self._idle = True
         status = int(link.lines.pop().split()[2])
         return Result(status, *(bytes(output.data) for output in link.outputs.values()))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PARTIAL = ".making-"
+LOCK = ".lock"
+PARTIAL = ".making-"
+"""How the names of things in the making begin."""
 
 
 def root() -> Path:
@@ -32,7 +35,7 @@ def lock(folder: Path) -> Iterator[None]:
     Waits while another process holds it. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    with (folder / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -45,12 +48,23 @@ def making(target: Path) -> Iterator[Path]:
     a `lock`: what a process that was killed left half-made there goes now. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=target.parent))
+    for left in target.parent.glob(f"{PARTIAL}*"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
     try:
         partial.chmod(0o755)
         yield partial
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Raise OSError (ENOSPC) if the file system of `folder` has not `size` bytes to spare."""
+    status = os.statvfs(folder)
+    if status.f_bavail * status.f_frsize < size:
+        words = f"{os.strerror(errno.ENOSPC)} ({size >> 20} MiB are needed)"
+        raise OSError(errno.ENOSPC, words, str(folder))

@@ -32,6 +32,11 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 LISTS_DAYS = 7
 """Package lists older than this are fetched again, if there is a network."""
 
+LISTS_BYTES = 200 << 20
+"""Room that the lists need while they are fetched."""
+TOOL_SECONDS = 1800
+"""No tool of apt's may take longer."""
+
 _TOOLS = {"apt-get": "apt", "apt-cache": "apt", "dpkg": "dpkg", "dpkg-deb": "dpkg"}
 
 
@@ -71,6 +76,11 @@ class Packages:
                 if not self._refresh(older_than_days=0):
                     raise
                 return self._unpack(name)
+
+    def refresh(self) -> None:
+        """Fetch the lists of packages again, if there is a network. Raises DebianError."""
+        with self._held():
+            self._refresh(older_than_days=0)
 
     def names(self) -> list[str]:
         """The names of all packages. Raises DebianError."""
@@ -116,7 +126,7 @@ class Packages:
                 self._prepare()
                 yield
         except OSError as error:
-            raise DebianError(f"the cache {self.folder} is of no use: {error}") from error
+            raise DebianError(f"the cache {self.folder} is of no use: {error.strerror}") from error
 
     def _unpack(self, name: str) -> Path:
         version = self._candidate(name)
@@ -210,13 +220,26 @@ class Packages:
         if there and time.time() - stamp.stat().st_mtime < older_than_days * 86400:
             return False
         try:
+            # On a full disk apt waits for ever.
+            cache.need_room(self._apt, LISTS_BYTES)
             self._tool("apt-get", "update", "--error-on=any")
-        except DebianError:
+        except (DebianError, OSError) as error:
+            self._tidy()
             if there:
                 return False
-            raise
+            if isinstance(error, OSError):
+                raise
+            raise DebianError(
+                f"{error} (the archive is {mirror()}; PKVM_DEBIAN_MIRROR=http://HOST/debian names "
+                "another)"
+            ) from error
         stamp.touch()
         return True
+
+    def _tidy(self) -> None:
+        """Remove what a failed update left half-made."""
+        for left in (*(self._apt / "lists/partial").iterdir(), *self._apt.glob("*.bin.*")):
+            left.unlink()
 
     def _tool(self, tool: str, *arguments: str, folder: Path | None = None) -> str:
         """Run a tool of apt's under our configuration; its standard output.
@@ -224,21 +247,25 @@ class Packages:
         Raises DebianError with what the tool said.
         """
         ours = ("--config-file", str(self._apt / "apt.conf")) if tool.startswith("apt") else ()
-        done: subprocess.CompletedProcess[str] = subprocess.run(
-            (tool, *ours, *arguments),
-            check=False,
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            env={**os.environ, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent(),
-        )
+        try:
+            done: subprocess.CompletedProcess[str] = subprocess.run(
+                (tool, *ours, *arguments),
+                check=False,
+                capture_output=True,
+                text=True,
+                cwd=folder,
+                env={**os.environ, "LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                preexec_fn=die_with_parent(),
+                timeout=TOOL_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise DebianError(f"{tool} {arguments[0]} did not end in {error.timeout:g} s") from None
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if line.startswith(("E:", tool))]
             raise DebianError(
                 f"{tool} {arguments[0]} failed: "
-                + ("; ".join(said) or done.stderr.strip() or f"status {done.returncode}")
+                + (said or [done.stderr.strip() or f"status {done.returncode}"])[0]
             )
         return done.stdout
 

@@ -10,13 +10,14 @@ from math import inf
 
 from pkvm.testbed.base import BedError, Listener
 from pkvm.testbed.qemu import Process
+from pkvm.testbed.root import LOST
 
 CONSOLE = "console"
 CONTROL = "control"
 
 _CHUNK = 1 << 18
 _LOG_BYTES = 1 << 20
-_WORDS = ("Kernel panic", "Internal error", "Unable to handle", "test bed:")
+_WORDS = ("Kernel panic", "Internal error", "Unable to handle", LOST)
 """What in a kernel's log says why it ended."""
 
 

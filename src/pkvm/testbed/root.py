@@ -24,26 +24,27 @@ BOOTED = "/run/booted"
 PORTS = {"control": 3, "output": 4, "error": 5}
 """The virtio ports, which are numbered from 1 in this order, and /init's file descriptors."""
 
+LOST = "test bed:"
+"""How /init begins what it says on the serial console before it gives up."""
+
 INIT = f"""\
 #!/bin/busybox sh
 mount -t devtmpfs devtmpfs /dev
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
-mkdir -p /dev/pts /dev/shm /run /tmp
+mkdir -p /dev/pts /dev/shm /run
 mount -t devpts devpts /dev/pts
-mount -t tmpfs tmpfs /tmp
-mount -t tmpfs tmpfs /run
 mount -t tmpfs tmpfs /dev/shm
 export PATH=/usr/bin:/bin HOME={HOME} TERM=linux LANG=C.UTF-8
 cd {HOME}
 tries=0
 while ! [ -e /dev/vport0p3 ]; do
 	tries=$((tries + 1))
-	if [ $tries = 300 ]; then
-		echo "test bed: no virtio port"
+	if [ $tries = 60 ]; then
+		echo "{LOST} the kernel has no virtio console (CONFIG_VIRTIO_PCI, CONFIG_VIRTIO_CONSOLE)"
 		poweroff -f
 	fi
-	usleep 20000
+	usleep 30000
 done
 exec 3<>/dev/vport0p1 4<>/dev/vport0p2 5>/dev/vport0p3
 if dmesg | grep -q 'Protected .*VHE mode initialized successfully'; then
