@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fakes.host_fakes import BLOCK, PAGE, RAM_BASE, FakeBus, errno_of
-from pkvm.host.pages import PageAllocator, PageRun, Part
+from pkvm.host.pages import Hold, PageAllocator, PageRun
 
 ENOMEM = 12
 PAGES = 2048
@@ -61,71 +61,79 @@ def test_ranges_must_be_whole_pages_and_separate() -> None:
             PageAllocator(FakeBus(), ranges)
 
 
-def test_of_a_run_lives_on_what_is_pinned() -> None:
+def test_of_a_run_lives_on_what_is_held() -> None:
     pages = allocator()
     run = PageRun(pages, 100)
-    run.hold(Part(10, 20))
-    run.hold(Part(29, 2))
-    run.release([Part(0, 100)])
+    mapping, pins = run.hold((0, 100)), run.hold()
+    pins.append((10, 20))
+    other = run.hold((29, 2), (10, 1))
+    run.release(mapping)
     assert pages.free_pages == PAGES - 21
-    run.release([Part(10, 20)])
-    assert pages.free_pages == PAGES - 2
-    run.release([Part(29, 2)])
+    run.release(pins)
+    assert pages.free_pages == PAGES - 3
+    run.release(other)
     assert pages.free_pages == PAGES
 
 
-class Pinning(RuleBasedStateMachine):
-    """A page of a run is free exactly if it is neither mapped nor pinned."""
+class Holding(RuleBasedStateMachine):
+    """A page of a run is free exactly if nobody holds it any more."""
 
     RUN = 16
-    parts = st.builds(
-        lambda first, npages: Part(first, min(npages, 16 - first)),
-        st.integers(0, 15),
-        st.integers(1, 16),
+    parts = st.tuples(st.integers(0, 15), st.integers(1, 16)).map(
+        lambda part: (part[0], min(part[1], 16 - part[0]))
     )
 
     def __init__(self) -> None:
         super().__init__()
         self.pages = allocator()
+        self.holds: list[Hold] = []
+        self.map()
+
+    @precondition(lambda self: not self.mapping and not self.holds)
+    @rule()
+    def map(self) -> None:
         self.run_ = PageRun(self.pages, self.RUN)
-        self.mapped = True
-        self.pinned: list[Part] = []
+        self.mapping = [self.run_.hold((0, self.RUN))]
 
-    @precondition(lambda self: self.mapped or self.pinned)
-    @rule(part=parts, again=st.booleans())
-    def pin(self, part: Part, again: bool) -> None:
-        if self.mapped or again:
-            part = part if self.mapped else self.pinned[0]
-            self.run_.hold(part)
-            self.pinned.append(part)
+    @precondition(lambda self: self.mapping)
+    @rule(parts=st.lists(parts, max_size=3))
+    def hold(self, parts: list[tuple[int, int]]) -> None:
+        self.holds.append(self.run_.hold(*parts))
 
+    @precondition(lambda self: self.mapping and self.holds)
+    @rule(part=parts)
+    def hold_more(self, part: tuple[int, int]) -> None:
+        self.holds[0].append(part)
+
+    @precondition(lambda self: self.holds)
     @rule(data=st.data())
-    def unpin(self, data: st.DataObject) -> None:
-        gone = data.draw(st.lists(st.sampled_from(range(len(self.pinned))), unique=True)
-                         if self.pinned else st.just([]))  # fmt: skip
-        self.run_.release([self.pinned[index] for index in gone])
-        self.pinned = [part for index, part in enumerate(self.pinned) if index not in gone]
+    def release(self, data: st.DataObject) -> None:
+        gone = data.draw(st.sets(st.integers(0, len(self.holds) - 1)))
+        self.run_.release(*(self.holds[index] for index in gone))
+        self.holds = [hold for index, hold in enumerate(self.holds) if index not in gone]
 
-    @precondition(lambda self: self.mapped and len(self.pinned) > 2)
+    @precondition(lambda self: self.mapping and len(self.holds) > 2)
     @rule()
     def unmap(self) -> None:
-        self.run_.release([Part(0, self.RUN)])
-        self.mapped = False
+        self.run_.release(self.mapping.pop())
 
     @invariant()
     def the_rest_is_free(self) -> None:
-        kept = set(range(self.RUN)) if self.mapped else set()
-        for part in self.pinned:
-            kept.update(range(part.first, part.end))
+        kept = {
+            page
+            for hold in (*self.mapping, *self.holds)
+            for first, npages in hold
+            for page in range(first, first + npages)
+        }
         free: set[int] = set()
         for start, end in self.pages._free:
-            free.update(range(start - (self.run_.pa >> 12), end - (self.run_.pa >> 12)))
+            free.update(range(start - self.run_.pfn, end - self.run_.pfn))
         assert free.isdisjoint(kept)
         assert len(free) == PAGES - len(kept)
 
 
-TestPinning = Pinning.TestCase
-TestPinning.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestHolding = Holding.TestCase
+TestHolding.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 class Allocation(RuleBasedStateMachine):

@@ -66,12 +66,13 @@ def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
     user = slot.user + (gfn << PAGE_SHIFT) - slot.ipa
     host.memlock.charge(npages)
     try:
-        place = host.users.pinnable(user, npages, protected=True)
-        _donate(vm, place.pfn, gfn, npages)
+        mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
+        run, first = mapping.run, mapping.offset + user - mapping.address >> PAGE_SHIFT
+        _donate(vm, run.pfn + first, gfn, npages)
     except OSError:
         host.memlock.release(npages)
         raise
-    vm.pin(place)
+    vm.pin(run, first, npages)
     vm.donated[gfn] = npages
 
 

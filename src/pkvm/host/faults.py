@@ -46,7 +46,7 @@ def _is_shared(vm: Vm, ipa: int, block: int) -> bool:
     if ipa >> PAGE_SHIFT in vm.shared:
         return True
     around = vm.shared.get(block >> PAGE_SHIFT)
-    return around is not None and around.part.npages == _BLOCK_PAGES
+    return around is not None and around.npages == _BLOCK_PAGES
 
 
 def _share_block(vm: Vm, slot: Slot, block: int) -> bool:

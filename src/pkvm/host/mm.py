@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from pkvm.host.pages import PageAllocator, PageRun, Part, Place
+from pkvm.host.pages import PageAllocator, PageRun, Place
 from pkvm.host.ports import PAGE_MASK, PAGE_SHIFT, Bus, BusFaults
 from pkvm.uapi.memory import Backing, Change
 
@@ -33,11 +33,11 @@ _ANONYMOUS = frozenset({Backing.ANONYMOUS, Backing.HUGE, Backing.ZERO})
 
 
 class Mapping:
-    """Bytes [offset, offset + length) of `run`, held by it, at user address `address`: a VMA."""
+    """Bytes [offset, offset + length) of `run` at user address `address`: a VMA."""
 
     __slots__ = (
-        "address", "backing", "length", "locked", "offset", "readable", "run", "to_children",
-        "whole", "writable",
+        "address", "backing", "hold", "length", "locked", "offset", "readable", "run",
+        "to_children", "whole", "writable",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +49,7 @@ class Mapping:
         self.backing = backing
         self.offset = offset
         self.length = run.length - offset if length is None else length
+        self.hold = run.hold((offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT))
         self.readable = self.writable = self.whole = True
         """`whole`: it is as it was made, and where."""
         self.locked = backing is Backing.SECRET
@@ -60,14 +61,15 @@ class Mapping:
         return self.run.pa + self.offset
 
     @property
-    def held(self) -> Part:
-        """What it holds of the run."""
-        return Part(self.offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT)
-
-    @property
     def end(self) -> int:
         """First user address after it."""
         return self.address + self.length
+
+    def move_to(self, run: PageRun, offset: int) -> None:
+        """Map other pages in place of its own."""
+        self.run.release(self.hold)
+        self.run, self.offset = run, offset
+        self.hold = run.hold((offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT))
 
     def part(self, start: int, end: int, address: int) -> Mapping:
         """The same pages as those at user addresses [start, end), at `address`."""
@@ -76,7 +78,6 @@ class Mapping:
         )
         made.readable, made.writable = self.readable, self.writable
         made.locked, made.to_children = self.locked, self.to_children
-        self.run.hold(made.held)
         return made
 
 
@@ -111,7 +112,7 @@ class UserSpace:
         self._changing(inside)
         self._put(inside, [])
         for mapping in inside:
-            mapping.run.release([mapping.held])
+            mapping.run.release(mapping.hold)
 
     def change(self, what: Change, address: int, length: int) -> None:
         """munmap, mprotect, madvise, ... of [address, address+length). Raises EINVAL for what does
@@ -146,7 +147,7 @@ class UserSpace:
         target = self._copy(inside, address, length)
         self._put(inside, [])
         for mapping in inside:
-            mapping.run.release([mapping.held])
+            mapping.run.release(mapping.hold)
         return target, length
 
     def alias(self, address: int, length: int) -> tuple[int, int]:
@@ -172,21 +173,20 @@ class UserSpace:
     def place(self, address: int, npages: int) -> Place:
         """The `npages` pages at a page-aligned user address, contiguous. Raises EFAULT."""
         mapping = self.find(address, npages << PAGE_SHIFT)
-        offset = mapping.offset + address - mapping.address
-        return Place(mapping.run, Part(offset >> PAGE_SHIFT, npages))
+        first = mapping.offset + address - mapping.address >> PAGE_SHIFT
+        return Place(mapping.run, first, npages)
 
-    def pinnable(self, address: int, npages: int, *, protected: bool) -> Place:
-        """The pages that KVM takes for a guest to read and write (pin_user_pages). Raises EFAULT
-        where nothing writable is mapped, and the errno of memory that cannot be pinned."""
-        mapping = self.find(address, npages << PAGE_SHIFT)
+    def pinned(self, address: int, length: int, *, protected: bool) -> Mapping:
+        """The mapping of what KVM takes for a guest to read and write (pin_user_pages). Raises
+        EFAULT where nothing writable is mapped, and the errno of memory that cannot be pinned."""
+        mapping = self.find(address, length)
         if not mapping.writable:
             raise OSError(errno.EFAULT, f"the VMM may not write to {address:#x}")
         backing = mapping.backing
         number = backing.protected_errno if protected else backing.plain_errno
         if number:
             raise OSError(number, f"{backing.words} is no memory for such a guest: {address:#x}")
-        offset = mapping.offset + address - mapping.address
-        return Place(mapping.run, Part(offset >> PAGE_SHIFT, npages))
+        return mapping
 
     def pa(self, address: int, length: int) -> int:
         """PA of user address `address`; [address, address+length) is contiguous from there.
@@ -267,16 +267,12 @@ class UserSpace:
                 continue
             base = other.address - other.offset
             for part in self._cut(base + low, base + high):
-                part.run.release([part.held])
-                part.run, part.offset = fresh, low - start
-                fresh.hold(part.held)
-        fresh.release([Part(0, fresh.npages)])
+                part.move_to(fresh, low - start)
 
     def _renew(self, mapping: Mapping) -> None:
         """Put new, zeroed pages into a private mapping."""
         fresh = PageRun(self._pages, mapping.length >> PAGE_SHIFT)
-        mapping.run.release([mapping.held])
-        mapping.run, mapping.offset = fresh, 0
+        mapping.move_to(fresh, 0)
 
     def _changing(self, mappings: list[Mapping]) -> None:
         for mapping in mappings:
@@ -324,7 +320,7 @@ class UserSpace:
             self._put(gone, made)
             for one in gone:
                 one.whole = False
-                one.run.release([one.held])
+                one.run.release(one.hold)
         return inside
 
     def _put(self, gone: list[Mapping], made: list[Mapping]) -> None:

@@ -13,6 +13,7 @@ import errno
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 from pkvm.host.ports import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Bus
@@ -131,80 +132,72 @@ class PageAllocator:
             length -= step
 
 
-class Part(NamedTuple):
-    """Pages of a run, by their number in it."""
-
-    first: int
-    npages: int
-
-    @property
-    def end(self) -> int:
-        """The page after the last one."""
-        return self.first + self.npages
+Hold = list[tuple[int, int]]
+"""What one holder needs of a run: number of the first page in it, pages. Add to it freely."""
 
 
 class PageRun:
-    """Contiguous pages of user memory. Mappings and VMs hold parts of them, the first mapping all;
-    a page that nobody holds any more is free."""
+    """Contiguous pages of user memory. Mappings and VMs hold parts of them; a page that was given
+    up and is in no other hold is free."""
 
-    __slots__ = ("_holds", "_pages", "npages", "pa")
+    __slots__ = ("_holds", "_pages", "npages", "pa", "pfn")
 
     def __init__(self, pages: PageAllocator, npages: int) -> None:
         self._pages = pages
         self.pa = pages.alloc(npages)
         """PA of the first byte."""
+        self.pfn = self.pa >> PAGE_SHIFT
         self.npages = npages
-        self._holds: dict[Part, int] = {Part(0, npages): 1}
-        """Parts that are held, and how often."""
+        self._holds: list[Hold] = []
 
     @property
     def length(self) -> int:
         """Bytes."""
         return self.npages * PAGE_SIZE
 
-    def hold(self, part: Part) -> None:
-        """One more needs these pages."""
-        self._holds[part] = self._holds.get(part, 0) + 1
+    def hold(self, *parts: tuple[int, int]) -> Hold:
+        """A new hold, of these parts."""
+        hold = [*parts]
+        self._holds.append(hold)
+        return hold
 
-    def release(self, parts: Iterable[Part]) -> None:
-        """Undo a `hold` of each."""
+    def release(self, *holds: Hold) -> None:
+        """Give these holds up."""
+        gone = {id(hold) for hold in holds}
         before = self._held()
-        for part in parts:
-            self._holds[part] -= 1
-            if not self._holds[part]:
-                del self._holds[part]
+        self._holds = [hold for hold in self._holds if id(hold) not in gone]
         kept = deque(self._held())
-        for first, npages in before:
-            end = first + npages
-            while kept and kept[0].end <= end:
-                part = kept.popleft()
-                self._free(first, part.first)
-                first = part.end
+        for first, end in before:
+            while kept and kept[0][1] <= end:
+                begin, stop = kept.popleft()
+                self._free(first, begin)
+                first = stop
             self._free(first, end)
 
-    def _held(self) -> list[Part]:
-        """What is held: sorted, and none overlaps or touches the next."""
-        held: list[Part] = []
-        for first, npages in sorted(self._holds):
+    def _held(self) -> list[tuple[int, int]]:
+        """What is held, as [first, end): sorted, and none overlaps or touches the next."""
+        held: list[tuple[int, int]] = []
+        for first, npages in sorted(chain.from_iterable(self._holds)):
             end = first + npages
-            if held and first <= held[-1].end:
-                begin = held.pop()
-                first, end = begin.first, max(begin.end, end)
-            held.append(Part(first, end - first))
+            if held and first <= held[-1][1]:
+                first, stop = held.pop()
+                end = max(end, stop)
+            held.append((first, end))
         return held
 
     def _free(self, first: int, end: int) -> None:
         if first < end:
-            self._pages.free(self.pa + (first << PAGE_SHIFT), end - first)
+            self._pages.free((self.pfn + first) << PAGE_SHIFT, end - first)
 
 
 class Place(NamedTuple):
-    """User pages: the run that has them, and which of it they are."""
+    """User pages: the run that has them, the first one's number in it, and how many."""
 
     run: PageRun
-    part: Part
+    first: int
+    npages: int
 
     @property
     def pfn(self) -> int:
         """PA >> 12 of the first one."""
-        return (self.run.pa >> PAGE_SHIFT) + self.part.first
+        return self.run.pfn + self.first

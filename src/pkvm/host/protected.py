@@ -100,7 +100,9 @@ def enable(vm: Vm, slot_number: int) -> None:
 def _take(vm: Vm, firmware: Slot) -> None:
     """Raises EFAULT for a slot without user memory."""
     users = vm.host.users
-    places = [users.pinnable(slot.user, slot.npages, protected=True) for slot in vm.slots]
+    for slot in vm.slots:
+        users.pinned(slot.user, slot.size, protected=True)
+    places = [users.place(slot.user, slot.npages) for slot in vm.slots]
     extents = [
         (place.pfn, slot.gfn, slot.npages) for slot, place in zip(vm.slots, places, strict=True)
     ]
@@ -114,7 +116,7 @@ def _take(vm: Vm, firmware: Slot) -> None:
         vm.leave_el2()
         raise
     for place in places:
-        vm.pin(place)
+        vm.pin(*place)
     vm.become_protected()
     for vcpu in vm.vcpus.values():
         vcpu.forget_dirty()

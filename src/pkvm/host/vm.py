@@ -10,10 +10,11 @@ is remembered here until EL2 gives it back.
 from __future__ import annotations
 
 import errno
+from typing import NamedTuple
 
 from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.memslots import Change, MemSlots
-from pkvm.host.pages import BLOCK_PAGES, PageRun, Part, Place
+from pkvm.host.pages import BLOCK_PAGES, Hold, PageRun, Place
 from pkvm.host.ports import PAGE_SHIFT
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vgic.gic import Gic
@@ -21,6 +22,14 @@ from pkvm.hyp.abi import MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostCall, Ho
 from pkvm.uapi.dialects import Memory, Primary, Registers, Slots
 
 _TOUCH_PAGES = {Memory.AT_ENABLE: 0, Memory.TOUCHED_BLOCKS: BLOCK_PAGES, Memory.TOUCHED_PAGES: 1}
+
+
+class Lent(NamedTuple):
+    """Host pages that a non-protected guest shares: one leaf of its stage-2."""
+
+    npages: int
+    run: PageRun
+    hold: Hold
 
 
 class Vm:
@@ -61,13 +70,13 @@ class Vm:
         """The IPA range that all of its frames lie in, while they answer."""
         self.primary: Vcpu | None = None
         """The first vCPU of a protected VM that entered the guest."""
-        self.shared: dict[int, Place] = {}
+        self.shared: dict[int, Lent] = {}
         """Non-protected: gfn -> the mapping in the guest's stage-2 that starts there."""
         self.donated: dict[int, int] = {}
         """Protected, given at the first touch: gfn -> pages that were given there at once."""
         self._donated: set[int] = set()
         """PAs of the pages that EL2 keeps for this VM."""
-        self._pins: list[Place] = []
+        self._pins: dict[PageRun, Hold] = {}
         """Protected: the user pages that the guest has had, until the VM goes."""
         self._lost: set[int] = set()
         """PAs of shared pages that EL2 did not let go."""
@@ -142,35 +151,45 @@ class Vm:
             self.unshare(plan.old.gfn, plan.old.npages)
         self.slots.apply(plan)
 
-    def pin(self, place: Place) -> None:
-        """Keep user pages alive that a protected guest has, whatever becomes of their mapping."""
-        place.run.hold(place.part)
-        self._pins.append(place)
+    def pin(self, run: PageRun, first: int, npages: int) -> None:
+        """Keep `npages` user pages from number `first` of `run` alive, which a protected guest has,
+        whatever becomes of their mapping."""
+        hold = self._pins.get(run)
+        if hold is None:
+            hold = self._pins[run] = run.hold()
+        hold.append((first, npages))
 
     def has_pinned(self, pa: int) -> bool:
         """Whether the page at `pa` is among the user pages that the protected guest has had."""
-        return any(part.first <= (pa - run.pa) >> PAGE_SHIFT < part.end for run, part in self._pins)
+        pfn = pa >> PAGE_SHIFT
+        return any(
+            first <= pfn - run.pfn < first + npages
+            for run, hold in self._pins.items()
+            for first, npages in hold
+        )
 
     def share(self, gfn: int, place: Place) -> None:
         """Note what a non-protected guest shares from `gfn` on, and keep it alive."""
-        place.run.hold(place.part)
-        self.shared[gfn] = place
+        run, first, npages = place
+        self.shared[gfn] = Lent(npages, run, run.hold((first, npages)))
 
     def unshare(self, gfn: int, npages: int) -> None:
         """Take back what a non-protected guest shares in [gfn, gfn+npages), whole leaves."""
         end = gfn + npages
-        gone: list[Place] = []
+        gone: dict[PageRun, list[Hold]] = {}
         try:
             for first in [
                 first
-                for first, place in self.shared.items()
-                if first < end and first + place.part.npages > gfn
+                for first, one in self.shared.items()
+                if first < end and first + one.npages > gfn
             ]:
-                nr = self.shared[first].part.npages
+                nr, run, hold = self.shared[first]
                 self.host.el2.call(HostCall.HOST_UNSHARE_GUEST, self.handle, first, nr)
-                gone.append(self.shared.pop(first))
+                del self.shared[first]
+                gone.setdefault(run, []).append(hold)
         finally:
-            _release(gone)
+            for run, holds in gone.items():
+                run.release(*holds)
 
     # EL2's counterpart
 
@@ -277,7 +296,8 @@ class Vm:
         except OSError as error:
             host.say(f"a VM's pages are lost: its teardown failed: {error.strerror}")
             return
-        _release(self._pins)
+        for run, hold in self._pins.items():
+            run.release(hold)
         self._pins.clear()
         for page in (self.page, *(vcpu.page for vcpu in self.vcpus.values())):
             if page not in self._lost:
@@ -289,12 +309,3 @@ class Vm:
         if self.host.el2.try_call(call, page >> PAGE_SHIFT) < 0:
             self.host.say(f"EL2 keeps the shared page at PA {page:#x}: lost")
             self._lost.add(page)
-
-
-def _release(places: list[Place]) -> None:
-    """The guest has these user pages no longer."""
-    parts: dict[PageRun, list[Part]] = {}
-    for run, part in places:
-        parts.setdefault(run, []).append(part)
-    for run in parts:
-        run.release(parts[run])
