@@ -176,6 +176,28 @@ def test_donate_is_no_way_round(rig: Rig) -> None:
         rig.give((guest.ram, 1), function=Function.FFA_MEM_DONATE_64)
 
 
+def speak_past(doors: Doors, guest: Guest) -> Registers:
+    """A host that tells the secure world of buffers of its own, by the call's 32-bit form, and
+    then donates what is not its own."""
+    tx, rx = doors.pages(), doors.pages()
+    doors.smc(Function.FFA_VERSION, ffa.VERSION_1_2)
+    doors.smc(Function.FFA_RXTX_MAP_32, tx, rx, 1)
+    ranges = [Constituent(guest.ram, 1)]
+    data = ffa_memory.write_transaction(ffa.VERSION_1_2, ranges, receivers=[SP])
+    doors.bus.write(tx, data)
+    return doors.smc(Function.FFA_MEM_DONATE_32, len(data), len(data))
+
+
+def test_calls_that_el2_does_not_follow_are_no_way_round() -> None:
+    doors = Doors()
+    assert ffa.status_of(speak_past(doors, Guest(doors))) == Status.NOT_SUPPORTED
+    doors.sound()
+    with weakened("memory is given by calls that EL2 follows"):
+        weak = Doors()
+        assert speak_past(weak, Guest(weak))[0] == Function.FFA_SUCCESS_32
+        assert any("P16" in problem for problem in weak.problems())
+
+
 def test_a_later_fragment_is_no_way_round(rig: Rig) -> None:
     guest = rig.guest()
     ranges = [(rig.page(at), 1) for at in (0, 2, 4)]
