@@ -147,6 +147,9 @@ class Crowd:
             "handle": (live, self.handles()),
             "pa": (pages, self.addresses()),
             "word": ((0, 1, 5, 7), WORDS),
+            "domain": ((1, 1, 2), WORDS),
+            "stream": ((1,), WORDS),
+            "bytes": ((PAGE, 3 * PAGE), BYTES),
         }
 
     def readable_secrets(self) -> set[int]:
@@ -163,4 +166,5 @@ class Crowd:
 
 _HUGE = (1 << 40, (1 << 52) - 1, 1 << 52, 1 << 63, (1 << 64) - 1)
 COUNTS = (0, 1, 2, 3, 7, 8, 9, 511, 512, 513, 1 << 20, 1 << 28, (1 << 28) + 1, *_HUGE)
+BYTES = (0, 1, PAGE, PAGE + 1, 600 * PAGE, *_HUGE)
 WORDS = (*range(9), 16, 63, 64, 255, *_HUGE)

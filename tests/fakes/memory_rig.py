@@ -19,7 +19,7 @@ from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.vmemmap import host_state, hyp_state
 from pkvm.machine.bus import Bus
 from pkvm.machine.memory import DeviceWindow, PhysicalMemory
-from pkvm.machine.smmu import Smmu
+from pkvm.machine.smmu import DmaDevice, Smmu
 
 RAM = 0x8000_0000
 MIB = 1 << 20
@@ -87,7 +87,7 @@ class Rig:
             self.memory,
             host_bus=self.host_bus,
             smmu=self.smmu if smmu else None,
-            streams=(STREAM,),
+            devices=(DmaDevice("device", DEVICE, PAGE_SIZE, STREAM),),
             guest_tlbi=self._guest_tlbi,
             invalidate_code=lambda pa, nbytes: self.code_forgotten.append((pa, nbytes)),
             recorder=self.recorder,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fakes.crowded import CALL_IPA, COUNTS, GFN, PAGES, PRIVATE, SECRET, WORDS, Crowd
+from fakes.crowded import BYTES, CALL_IPA, COUNTS, GFN, PAGES, PRIVATE, SECRET, WORDS, Crowd
 from fakes.el2_rig import PAGE
 from pkvm.arm64 import psci
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, SUCCESS, Function
@@ -77,11 +77,23 @@ SIGNATURES: dict[HostCall, tuple[str, set[Errno]]] = {
         "gfn count", {E.EINVAL, E.ENOENT, E.E2BIG, E.ENOMEM, E.EPERM},
     ),
     HostCall.VCPU_FEATURES: ("", set()),
+    HostCall.IOMMU_ALLOC_DOMAIN: ("domain pa", {E.EINVAL, E.EEXIST, E.ENOMEM}),
+    HostCall.IOMMU_FREE_DOMAIN: ("domain", {E.ENOENT, E.EBUSY}),
+    HostCall.IOMMU_TOPUP: ("domain pa count", {E.EINVAL, E.ENOENT, E.ENOMEM}),
+    HostCall.IOMMU_ATTACH: ("domain stream", {E.ENOENT, E.EBUSY}),
+    HostCall.IOMMU_DETACH: ("domain stream", {E.ENOENT, E.EINVAL}),
+    HostCall.IOMMU_MAP: (
+        "domain pa pa bytes word",
+        {E.EINVAL, E.ENOENT, E.EPERM, E.EEXIST, E.EBUSY, E.ENOMEM},
+    ),
+    HostCall.IOMMU_UNMAP: ("domain pa bytes", {E.EINVAL, E.ENOENT}),
+    HostCall.IOMMU_EVENTS: ("pa", {E.EINVAL, E.EPERM, E.EBUSY}),
 }  # fmt: skip
 """What each argument is, and every errno that the call may give."""
 
 GIVES_FIRST = (
     HostCall.INIT_VM, HostCall.INIT_VCPU, HostCall.TOPUP_MEMCACHE, HostCall.DONATE_GUEST_SGLIST,
+    HostCall.IOMMU_ALLOC_DOMAIN, HostCall.IOMMU_TOPUP,
 )  # fmt: skip
 """Undoing what the host has given leaves its tables in another shape."""
 POLICIES = [RFC, ANDROID, UPSTREAM]
@@ -90,7 +102,7 @@ RUNS = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 Move = tuple[HostCall, list[int]]
-moves = st.tuples(st.sampled_from(HostCall), st.lists(st.integers(0, 4095), min_size=4, max_size=4))
+moves = st.tuples(st.sampled_from(HostCall), st.lists(st.integers(0, 4095), min_size=5, max_size=5))
 """A call, and which of the numbers for each of its arguments."""
 
 
@@ -150,10 +162,10 @@ def test_other_guests_live_on_after_it_all() -> None:
     kinds = {
         "pfn": crowd.frames(), "gfn": crowd.gfns(), "count": COUNTS, "pa": crowd.addresses(),
         "handle": [handle for handle in crowd.handles() if handle in mine or handle >= 1 << 32],
-        "word": WORDS,
+        "word": WORDS, "domain": WORDS, "stream": WORDS, "bytes": BYTES,
     }  # fmt: skip
     good = {"pfn": crowd.free >> 12, "gfn": GFN, "count": 1, "pa": crowd.free, "word": 0,
-            "handle": crowd.mine.handle}  # fmt: skip
+            "domain": 1, "stream": 1, "bytes": PAGE, "handle": crowd.mine.handle}  # fmt: skip
     ours = {crowd.other.ram + page * PAGE for page in range(PAGES)}
     for call, (signature, _) in SIGNATURES.items():
         names = signature.split()

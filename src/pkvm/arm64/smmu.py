@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from pkvm.arm64.bits import Field, Layout
+from pkvm.arm64.stage2 import VTTBR_BADDR_MASK, VTTBR_VMID_SHIFT
 
 WINDOW_BYTES = 0x2_0000
 """Register page 0 and page 1, 64 KiB each (IHI 0070 6.1)."""
@@ -181,9 +182,9 @@ def stage2_ste(vttbr: int, vtcr: int) -> tuple[int, int, int, int]:
     return (
         STE0.encode(V=1, Config=Config.STAGE2),
         0,
-        STE2.encode(S2VMID=vttbr >> 48, S2AA64=1, S2PTW=1, S2R=1)
+        STE2.encode(S2VMID=vttbr >> VTTBR_VMID_SHIFT, S2AA64=1, S2PTW=1, S2R=1)
         | (vtcr & STE2_VTCR_MASK) << STE2_VTCR_SHIFT,
-        vttbr & STE3_S2TTB,
+        vttbr & VTTBR_BADDR_MASK & STE3_S2TTB,
     )
 
 

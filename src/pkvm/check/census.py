@@ -22,6 +22,7 @@ from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
+    HOST_PINNED,
     HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
@@ -64,7 +65,7 @@ def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
         return Census(
             total=mem.vmemmap.npages,
             host={
-                "owned": by_state[HOST_OWNED],
+                "owned": by_state[HOST_OWNED] + by_state[HOST_PINNED],
                 "shared_with_hyp": by_state[HOST_SHARED_WITH_HYP],
                 "shared_with_guest": by_state[HOST_SHARED],
             },

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
-from pkvm.check import host_memory, lifecycle, ownership, pgtable, vmemmap
+from pkvm.check import dma, host_memory, lifecycle, ownership, pgtable, vmemmap
 from pkvm.check.reclaim import PrivacyWatch
 from pkvm.check.snapshot import Snapshot
 from pkvm.check.view import Scratch, View
@@ -39,6 +39,9 @@ RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     pgtable.walks,
     vmemmap.share_counts,
     vmemmap.refcounts,
+    dma.pins,
+    dma.domain_tables,
+    dma.stale_domains,
 )
 """Each yields problems, of which every one begins with the property that it breaks."""
 HYP_RULES: tuple[Callable[[View, Sequence[Vm]], Iterator[str]], ...] = (

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pkvm.arm64.stage2 import PAGE_SHIFT
+from pkvm.check.dma import pages_of_domains
 from pkvm.check.view import View
 from pkvm.hyp.area import Area
 from pkvm.hyp.vcpu import Vcpu
@@ -63,6 +64,8 @@ def accounted(view: View, vms: Sequence[Vm]) -> Iterator[str]:
     forest = view.forest
     for tables in (*(part for part, _ in forest.above), forest.last):
         lost[tables.pages] = False
+    own = np.array(list(pages_of_domains(view)), np.int64)
+    lost[own - base >> PAGE_SHIFT] = False
     areas: list[Area] = [*vms, *(vcpu for vm in vms for vcpu in _vcpus(vm))]
     for vm in vms:
         lost[np.array(vm.memcache.pages(), np.int64) - base >> PAGE_SHIFT] = False

@@ -13,11 +13,12 @@ from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
+    HOST_PINNED,
     HOST_SHARED,
     HOST_SHARED_WITH_HYP,
 )
 
-KNOWN = (HOST_OWNED, HOST_SHARED_WITH_HYP, HOST_SHARED, GUEST_SHARED_WITH_HOST)
+KNOWN = (HOST_OWNED, HOST_PINNED, HOST_SHARED_WITH_HYP, HOST_SHARED, GUEST_SHARED_WITH_HOST)
 """The state bytes that a page may have which is not lost to the host."""
 
 

@@ -28,6 +28,12 @@ class Snapshot:
                 self._parts[f"{name}'s memcache"] = vm.memcache.pages()
                 for pa in [*iter_tables(memory, context), *vm.memcache.pages()]:
                     self._parts[f"{name}'s page {pa:#x}"] = memory.read(pa, PAGE_SIZE)
+            for domain in mem.domains.values():
+                name = f"domain {domain.number}"
+                context = Stage2Context(domain.stage2.vttbr, domain.stage2.vtcr)
+                self._parts[f"{name}'s memcache"] = domain.memcache.pages()
+                for pa in [*iter_tables(memory, context), *domain.memcache.pages()]:
+                    self._parts[f"{name}'s page {pa:#x}"] = memory.read(pa, PAGE_SIZE)
             host = mem.host.host_bus
             buses = (host, *host.peers) if isinstance(host, Bus) else ()
             cached = {bus.name: bus.tlb_entries() for bus in buses}

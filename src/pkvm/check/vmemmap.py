@@ -9,7 +9,7 @@ import numpy as np
 
 from pkvm.arm64.stage2 import PageState
 from pkvm.check.view import View
-from pkvm.hyp.vmemmap import HOST_SHARED, HOST_SHARED_WITH_HYP
+from pkvm.hyp.vmemmap import HOST_PINNED, HOST_SHARED, HOST_SHARED_WITH_HYP
 
 
 def share_counts(view: View) -> Iterator[str]:
@@ -33,9 +33,10 @@ def share_counts(view: View) -> Iterator[str]:
 
 
 def refcounts(view: View) -> Iterator[str]:
-    """Refcounts are for pages of EL2's and for pins of pages shared with it, nothing else."""
+    """Refcounts are for pages of EL2's, for pins of pages shared with it, and for mappings for DMA,
+    nothing else."""
     pages = view.counted
-    may = view.is_hyp[pages] | (view.states[pages] == HOST_SHARED_WITH_HYP)
+    may = view.is_hyp[pages] | np.isin(view.states[pages], (HOST_SHARED_WITH_HYP, HOST_PINNED))
     wrong = (view.mem.vmemmap.refcounts[pages] != 0) & ~may
     for page in pages[wrong].tolist():
         yield f"refcounts: PA {view.pa(page):#x} is neither EL2's nor shared with it, and has one"

@@ -41,6 +41,7 @@ from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
     GUEST_SHARED_WITH_HOST,
     HOST_OWNED,
+    HOST_PINNED,
     HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
@@ -54,7 +55,9 @@ _GUEST_STATE = {
     HOST_SHARED: PageState.SHARED_BORROWED,
 }
 """What the guest's leaf says of a page, by the page's record."""
-_KNOWN = frozenset((HOST_OWNED, HYP_OWNED, HOST_SHARED_WITH_HYP, *_GUEST_STATE))
+_KNOWN = frozenset((HOST_OWNED, HOST_PINNED, HYP_OWNED, HOST_SHARED_WITH_HYP, *_GUEST_STATE))
+_COUNTED = (HYP_OWNED, HOST_SHARED_WITH_HYP, HOST_PINNED)
+"""States with a refcount."""
 _SHIFTS = tuple(level_shift(level) for level in range(LAST_LEVEL + 1))
 _INDEX_MASK = TABLE_ENTRIES - 1
 _TYPE = 3
@@ -135,7 +138,7 @@ class Watch:
             self._look_at_identity(pa, state, lost, vm, ipa, problems)
         if state != HOST_SHARED and vmemmap.share_count[page]:
             problems.append(f"P6: PA {pa:#x} has a share count, against its state")
-        if vmemmap.refcount[page] and state not in (HYP_OWNED, HOST_SHARED_WITH_HYP):
+        if vmemmap.refcount[page] and state not in _COUNTED:
             problems.append(f"refcounts: PA {pa:#x} is neither EL2's nor shared with it")
         if self._private[page]:
             if state in (HOST_OWNED, HOST_SHARED_WITH_HYP) and self._grid[page].any():

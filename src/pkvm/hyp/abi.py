@@ -107,6 +107,56 @@ class HostCall(IntEnum):
     VCPU_FEATURES = 72
     """() -> the KVM_ARM_VCPU_PTRAUTH_* features that a vCPU may ask for on this CPU, a mask."""
 
+    IOMMU_ALLOC_DOMAIN = 80
+    """(domain, root_pa) -> 0: make the DMA address space `domain`, 1 to MAX_DOMAINS; PGD_INFO bytes
+    at root_pa, aligned to that, are donated. The IOMMU calls exist on a host in protected mode
+    with an SMMU."""
+    IOMMU_FREE_DOMAIN = 81
+    """(domain) -> PA of the first of the pages that return, each with the next one's PA in its
+    first word. What is mapped is unpinned. -EBUSY while a stream is attached."""
+    IOMMU_TOPUP = 82
+    """(domain, head_pa, nr) -> pages taken: as TOPUP_MEMCACHE, for the domain's tables."""
+    IOMMU_ATTACH = 83
+    """(domain, stream) -> 0: from the identity domain."""
+    IOMMU_DETACH = 84
+    """(domain, stream) -> 0: back to the identity domain."""
+    IOMMU_MAP = 85
+    """(domain, iova, pa, bytes, prot) -> 0: pages of the host's own, all or none; each is pinned
+    until it is unmapped. `prot` is DmaProt."""
+    IOMMU_UNMAP = 86
+    """(domain, iova, bytes) -> bytes that were mapped there."""
+    IOMMU_EVENTS = 87
+    """(page_pa) -> n: the events of the host's devices, oldest first, in a page that is shared with
+    EL2 (HostSmmuEvents)."""
+
+
+class DmaProt(IntFlag):
+    """What a domain's devices may do with a page (facts §10)."""
+
+    READ = 1
+    WRITE = 2
+    CACHE = 4
+    """Coherent; here everything is."""
+    NOEXEC = 8
+    """Here nothing is executable."""
+    MMIO = 16
+    """The page is a device's registers."""
+
+
+MAX_DOMAINS = 64
+SMMU_EVENT_WORDS = 4
+SMMU_EVENTS_A_CALL = 64
+
+
+class HostSmmuEvents:
+    """Offsets in the page of IOMMU_EVENTS."""
+
+    OVERFLOWS = 0x000
+    """How often, since the start, events were lost because nobody took them."""
+    RECORDS = 0x008
+    """SMMU_EVENTS_A_CALL records of four words: event number (SMMUv3), StreamID, 1 for a read or 0
+    for a write, address."""
+
 
 class ExitCode(IntEnum):
     """VCPU_RUN's answer when not a negative errno (facts §A)."""

@@ -20,7 +20,7 @@ from pkvm.hyp.mem_protect import MemProtect
 from pkvm.hyp.memory_policy import FirmwareRule
 from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.vm import Vm
-from pkvm.hyp.vmemmap import HOST_OWNED, HOST_SHARED_WITH_HYP
+from pkvm.hyp.vmemmap import HOST_OWNED, HOST_PINNED, HOST_SHARED_WITH_HYP
 from pkvm.machine.cpu.engine import CpuEngine
 
 Entries = npt.NDArray[np.uint64]
@@ -112,7 +112,7 @@ class Donation:
         last = (list_pa + nbytes - 1 - memory.ram_base) >> PAGE_SHIFT
         with mem.lock:
             states = mem.vmemmap.states[first : last + 1]
-            if not np.isin(states, (HOST_OWNED, HOST_SHARED_WITH_HYP)).all():
+            if not np.isin(states, (HOST_OWNED, HOST_PINNED, HOST_SHARED_WITH_HYP)).all():
                 why = "the list is not in the host's own memory"
                 raise Refused(Errno.EPERM, "host_state", why, pa=list_pa)
             words = memory.span(list_pa, nbytes).copy()

@@ -17,6 +17,7 @@ from pkvm.events import HostHypercall
 from pkvm.hyp.abi import HostCall
 from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.iommu import Iommu
 from pkvm.hyp.lifecycle import Lifecycle
 from pkvm.hyp.mem_protect import MemProtect
 from pkvm.hyp.memory_policy import FirmwareRule
@@ -45,6 +46,7 @@ class HostCalls:
         cpu: PhysicalCpu,
         life: Lifecycle,
         donation: Donation,
+        iommu: Iommu | None,
     ) -> None:
         self._mem = mem
         self._vms = vms
@@ -97,6 +99,8 @@ class HostCalls:
             )
             if call not in absent
         }
+        if iommu is not None:
+            self.table |= _iommu_calls(iommu)
 
     def _share_guest(self, pfn: int, gfn: int, nr: int, prot: int) -> None:
         self._mem.host_share_guest(self._cpu.loaded(protected=False).vm, pfn, gfn, nr, prot)
@@ -162,3 +166,20 @@ class HostCalls:
             kind = "protected" if vm.protected else "not protected"
             raise Refused(Errno.EINVAL, "vm_kind", f"the VM is {kind}", vm=handle)
         return vm
+
+
+def _iommu_calls(iommu: Iommu) -> dict[int, Entry]:
+    """The calls about DMA."""
+    return {
+        call: Entry(call.name, arity, handler, HostHypercall(call.name, 0))
+        for call, arity, handler in (
+            (HostCall.IOMMU_ALLOC_DOMAIN, 2, iommu.alloc_domain),
+            (HostCall.IOMMU_FREE_DOMAIN, 1, iommu.free_domain),
+            (HostCall.IOMMU_TOPUP, 3, iommu.topup),
+            (HostCall.IOMMU_ATTACH, 2, iommu.attach),
+            (HostCall.IOMMU_DETACH, 2, iommu.detach),
+            (HostCall.IOMMU_MAP, 5, iommu.map),
+            (HostCall.IOMMU_UNMAP, 3, iommu.unmap),
+            (HostCall.IOMMU_EVENTS, 1, iommu.take_events),
+        )
+    }

@@ -152,7 +152,9 @@ class HostGuest(Ownership):
             lent = (states == HOST_SHARED) & (counts > 0)
             wrong = (states != HOST_OWNED) & ~lent
             if wrong.any():
-                raise self._wrong_state(page + int(np.argmax(wrong)), HOST_OWNED)
+                refused = self._wrong_state(page + int(np.argmax(wrong)), HOST_OWNED)
+                refused.errno = Errno.EPERM
+                raise refused
             pa = pfn << PAGE_SHIFT
             if (counts == MAX_SHARE_COUNT).any():
                 raise Refused(Errno.EBUSY, "share_count", "a page is lent too often", pa=pa)

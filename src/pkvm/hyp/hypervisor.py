@@ -32,6 +32,7 @@ from pkvm.hyp.guest_calls import GuestCalls
 from pkvm.hyp.host_calls import HostCalls
 from pkvm.hyp.host_memory import BusMaster
 from pkvm.hyp.id_registers import has_ptrauth
+from pkvm.hyp.iommu import Iommu
 from pkvm.hyp.lifecycle import Lifecycle
 from pkvm.hyp.mem_protect import MemProtect, Range
 from pkvm.hyp.nonprotected import NonProtected
@@ -128,7 +129,7 @@ class Hypervisor:
             machine.memory,
             host_bus=machine.host_bus,
             smmu=machine.smmu,
-            streams=[device.stream for device in machine.dma_devices],
+            devices=machine.dma_devices,
             guest_tlbi=lambda vmid: self.cpu.flush_tlb(vmid),
             invalidate_code=engine.invalidate_code,
             recorder=recorder,
@@ -150,7 +151,9 @@ class Hypervisor:
         ptrauth = has_ptrauth(engine)
         life = Lifecycle(self.mem, self.table, self.cpu, recorder, policy, ptrauth=ptrauth)
         donation = Donation(self.mem, self.cpu, engine, recorder)
-        self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation).table
+        smmu = self.mem.smmu
+        iommu = None if smmu is None or not protected else Iommu(self.mem, smmu)
+        self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation, iommu).table
 
     def initialise(self) -> None:
         """Take EL2's memory, and put the host and the devices behind stage-2."""

@@ -28,10 +28,12 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.events import Recorder, Tlbi
 from pkvm.hyp.bulk import one_run
-from pkvm.hyp.errors import Errno, Refused
+from pkvm.hyp.devices import DeviceTable
+from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.force_reclaim import ForceReclaim
 from pkvm.hyp.guest_attributes import GuestAttributes
 from pkvm.hyp.guest_host import GuestHost
+from pkvm.hyp.host_dma import Domain, HostDma
 from pkvm.hyp.host_ffa import HostFfa
 from pkvm.hyp.host_guest import HostGuest
 from pkvm.hyp.host_hyp import HostHyp
@@ -46,7 +48,7 @@ from pkvm.hyp.relinquish import Relinquish
 from pkvm.hyp.smmu import SmmuDriver
 from pkvm.hyp.vmemmap import HYP_OWNED, Vmemmap, vmemmap_bytes
 from pkvm.machine.memory import PhysicalMemory
-from pkvm.machine.smmu import Smmu
+from pkvm.machine.smmu import DmaDevice, Smmu
 from pkvm.machine.stage2 import Access
 
 __all__ = ["GuestMemory", "MemProtect", "carveout_bytes"]
@@ -63,12 +65,20 @@ def carveout_bytes(ram_bytes: int, ipa_bits: int = 40) -> int:
 
 
 class MemProtect(
-    HostHyp, HostGuest, HostFfa, GuestAttributes, GuestHost, Relinquish, Reclaim, ForceReclaim
+    HostHyp,
+    HostGuest,
+    HostFfa,
+    HostDma,
+    GuestAttributes,
+    GuestHost,
+    Relinquish,
+    Reclaim,
+    ForceReclaim,
 ):
     """EL2's ownership of memory.
 
     `host_bus` is the host CPU's way to memory; `smmu` stands before the devices, of which EL2 is
-    told the `streams`: None if there are none. `guest_tlbi(vmid)` is TLBI and DSB for a VM on the
+    told as `devices`: None if there are none. `guest_tlbi(vmid)` is TLBI and DSB for a VM on the
     CPU, `invalidate_code(pa, nbytes)` what the engine needs after EL2 wrote where guest code may
     have been. With `protected` False the bus and the devices bypass stage 2, and the host keeps
     its reach; states are kept all the same, since VMs need them.
@@ -84,7 +94,7 @@ class MemProtect(
         *,
         host_bus: BusMaster,
         smmu: Smmu | None,
-        streams: Sequence[int] = (),
+        devices: Sequence[DmaDevice] = (),
         guest_tlbi: Callable[[int], None],
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
@@ -134,9 +144,11 @@ class MemProtect(
             invalidate_code=invalidate_code,
             recorder=recorder,
             policy=policy,
+            devices=DeviceTable(memory, self.pool, devices),
         )
         self.smmu = driver
-        self._streams = tuple(streams)
+        self.domains: dict[int, Domain] = {}
+        """Address spaces for DMA that the host made, by number."""
         self._records_bytes = records
         self._guest_tlbi = guest_tlbi
 
@@ -190,6 +202,25 @@ class MemProtect(
         `Memcache.drain` gives all to the host. Raises Refused: EINVAL if not aligned to their
         size, EPERM if a page is not EL2's, EBUSY if one is in use.
         """
+        tlbi, record = self._guest_tlbi, self._record
+
+        def invalidate(ipa: int) -> None:
+            tlbi(vmid)
+            record(Tlbi(vmid, ipa))
+
+        return self._new_stage2(root_pa, vmid, memcache, invalidate)
+
+    def new_domain_stage2(self, root_pa: int, number: int, memcache: Memcache) -> Stage2:
+        """As `new_guest_stage2`, for a domain of that number."""
+
+        def invalidate(ipa: int) -> None:
+            raise HypBug("a domain has no blocks to split")
+
+        return self._new_stage2(root_pa, number, memcache, invalidate)
+
+    def _new_stage2(
+        self, root_pa: int, vmid: int, memcache: Memcache, invalidate: Callable[[int], None]
+    ) -> Stage2:
         npages = self.geometry.root_tables
         if root_pa % self.pgd_bytes:
             why = f"the root is not aligned to its {self.pgd_bytes} bytes"
@@ -201,12 +232,6 @@ class MemProtect(
                 raise Refused(Errno.EBUSY, "refcount", "EL2 uses the page", pa=root_pa)
             self.memory.zero(root_pa, self.pgd_bytes)
             self.vmemmap.refcounts[page : page + npages] = 1
-        tlbi, record = self._guest_tlbi, self._record
-
-        def invalidate(ipa: int) -> None:
-            tlbi(vmid)
-            record(Tlbi(vmid, ipa))
-
         return Stage2(
             self.memory,
             self.vmemmap,
@@ -227,8 +252,8 @@ class MemProtect(
         smmu.start()
         identity = self.host.identity
         ste = BYPASS_STE if identity is None or not self.protected else identity.ste
-        for stream in self._streams:
-            smmu.configure(stream, ste)
+        for device in self.devices.devices:
+            smmu.configure(device.stream, ste)
         if self.protected:
             self.host.withhold_device(smmu.window.base, smmu.window.size)
 

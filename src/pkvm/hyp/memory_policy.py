@@ -33,6 +33,8 @@ class MemoryPolicy:
     """Given for a range that is no RAM at all."""
     unmapped: Errno
     """Given for a guest's own page that is not there."""
+    pinned: Errno
+    """Given for a page that is mapped for DMA and so cannot be donated or shared with EL2."""
     force_reclaim: bool
     """The host kernel may take a private page of a guest's back by force: it is zeroed, and the
     guest's frame poisoned. Without, such an access of the host's is its own fault."""
@@ -44,6 +46,7 @@ class MemoryPolicy:
 RFC_MEMORY = MemoryPolicy(
     not_ram=Errno.EPERM,
     unmapped=Errno.EFAULT,
+    pinned=Errno.EPERM,
     force_reclaim=True,
     split_call=False,
     firmware=FirmwareRule.WHOLE,
@@ -52,6 +55,7 @@ RFC_MEMORY = MemoryPolicy(
 ANDROID_MEMORY = MemoryPolicy(
     not_ram=Errno.EINVAL,
     unmapped=Errno.EFAULT,
+    pinned=Errno.EINVAL,
     force_reclaim=False,
     split_call=True,
     firmware=FirmwareRule.PAGES,
@@ -59,6 +63,7 @@ ANDROID_MEMORY = MemoryPolicy(
 UPSTREAM_MEMORY = MemoryPolicy(
     not_ram=Errno.EPERM,
     unmapped=Errno.ENOENT,
+    pinned=Errno.EPERM,
     force_reclaim=True,
     split_call=False,
     firmware=FirmwareRule.NONE,

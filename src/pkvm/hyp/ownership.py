@@ -32,13 +32,14 @@ from pkvm.arm64.stage2 import (
 )
 from pkvm.events import Recorder
 from pkvm.hyp.bulk import Runs
+from pkvm.hyp.devices import DeviceTable
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.host_memory import HostMemory
 from pkvm.hyp.memcache import Memcache
 from pkvm.hyp.memory_policy import MemoryPolicy
 from pkvm.hyp.pgtable import Stage2
 from pkvm.hyp.pool import ZERO_PAGE
-from pkvm.hyp.vmemmap import Vmemmap, host_state, hyp_state
+from pkvm.hyp.vmemmap import HOST_OWNED, HOST_PINNED, Vmemmap, host_state, hyp_state
 from pkvm.machine.memory import PhysicalMemory
 
 _LEVEL_OF_PAGES = {1: LAST_LEVEL, TABLE_ENTRIES: LAST_LEVEL - 1}
@@ -95,10 +96,12 @@ class Ownership:
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
         policy: MemoryPolicy,
+        devices: DeviceTable,
     ) -> None:
         self.memory = memory
         self.vmemmap = vmemmap
         self.host = host
+        self.devices = devices
         self.lock = threading.RLock()
         self._take, self._drop = self.lock.acquire, self.lock.release
         self.policy = policy
@@ -175,6 +178,9 @@ class Ownership:
         """The refusal for a page whose state byte is not `expected`."""
         states = self._state[page]
         pa = page + self._first_pfn << PAGE_SHIFT
+        if states == HOST_PINNED and expected == HOST_OWNED:
+            errno = self.policy.pinned
+            return Refused(errno, "refcount", "the page is mapped for DMA", pa=pa)
         check, is_state, must_be = "host_state", host_state(states), host_state(expected)
         if is_state == must_be:
             check, is_state, must_be = "hyp_state", hyp_state(states), hyp_state(expected)

@@ -151,14 +151,14 @@ class SmmuDriver:
         self._issue(Command.TLBI_S12_VMALL | vmid << COMMAND_VMID_SHIFT)
         self._record(Tlbi(vmid, NO_ADDRESS, "smmu"))
 
-    def take_events(self) -> Iterator[SmmuRecord]:
-        """The events since the last time, oldest first. The queue is read by index, whatever the
-        SMMU wrote; a queue that was full has lost some."""
+    def take_events(self, most: int) -> Iterator[SmmuRecord]:
+        """At most `most` of the events since the last time, oldest first. The queue is read by
+        index, whatever the SMMU wrote; a queue that was full has lost some."""
         prod = self._read(Reg.EVENTQ_PROD, 4)
         cons = self._read(Reg.EVENTQ_CONS, 4)
         if (prod ^ cons) & OVERFLOW:
             self.overflows += 1
-        while (prod ^ cons) & _EVENT_WRAP:
+        for _ in range(min(most, prod - cons & _EVENT_WRAP)):
             at = self._first_event + (cons & _EVENT_MASK) * EVENT_WORDS
             head, word1, address = self._words[at : at + 3]
             cons = cons + 1 & _EVENT_WRAP

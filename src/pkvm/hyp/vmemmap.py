@@ -31,8 +31,8 @@ def pair(host: PageState, hyp: PageState) -> int:
 
 
 def host_state(states: int) -> PageState:
-    """The host's half of a state byte."""
-    return PageState(states & 0xF)
+    """The host's half of a state byte, whether it is pinned or not."""
+    return PageState(states & 0x7)
 
 
 def hyp_state(states: int) -> PageState:
@@ -41,6 +41,9 @@ def hyp_state(states: int) -> PageState:
 
 
 HOST_OWNED = pair(PageState.OWNED, PageState.NOPAGE)
+HOST_PINNED = HOST_OWNED | 8
+"""The host's own, and mapped for DMA as often as the refcount says (facts §3.8, §10): to nobody
+else it can be anything, so each transition that wants HOST_OWNED refuses it."""
 HYP_OWNED = pair(PageState.NOPAGE, PageState.OWNED)
 HOST_SHARED_WITH_HYP = pair(PageState.SHARED_OWNED, PageState.SHARED_BORROWED)
 HOST_SHARED = pair(PageState.SHARED_OWNED, PageState.NOPAGE)
