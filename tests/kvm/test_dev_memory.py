@@ -13,28 +13,45 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from pkvm.kvm import libc
+from pkvm.kvm.dev_mapping import DevMapping
 from pkvm.kvm.dev_memory import PAGE_SIZE, STAGE_BYTES, DevMemory, Stage
 from pkvm.uapi.errors import ProtectedPageError
+from pkvm.uapi.memory import Backing
 
 PAGES = 8
 NONE, READ, BOTH = mmap.PROT_READ & 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 
 
+@contextmanager
+def mapped(length: int) -> Iterator[DevMemory]:
+    """Memory that does not ask whose fault a refusal is."""
+    mapping = DevMapping.new(Stage(), length, Backing.ANONYMOUS)
+    yield DevMemory(Stage(), mapping.address, mapping.length)
+    mapping.close()
+
+
 @pytest.fixture
 def memory() -> Iterator[DevMemory]:
-    made = DevMemory(Stage(), PAGES * PAGE_SIZE)
+    with mapped(PAGES * PAGE_SIZE) as made:
+        yield made
+
+
+@pytest.fixture
+def mapping() -> Iterator[DevMapping]:
+    made = DevMapping.new(Stage(), PAGES * PAGE_SIZE, Backing.ANONYMOUS)
     yield made
     made.close()
 
 
 def protect(memory: DevMemory, page: int, protection: int, pages: int = 1) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    assert not libc.mprotect(memory.address + page * PAGE_SIZE, pages * PAGE_SIZE, protection)
+    start = memory.address + page * PAGE_SIZE
+    assert libc.call("mprotect", start, pages * PAGE_SIZE, protection) == 0
 
 
 def test_what_is_written_is_read(memory: DevMemory) -> None:
@@ -52,12 +69,11 @@ def test_what_is_written_is_read(memory: DevMemory) -> None:
 
 
 def test_more_than_is_moved_at_a_time() -> None:
-    memory = DevMemory(Stage(), 3 * STAGE_BYTES + 1)
     data = os.urandom(3 * STAGE_BYTES - 7)
-    memory.write(5, data)
-    assert memory.read(5, len(data)) == data
-    assert memory.read(0, 5) == bytes(5)
-    memory.close()
+    with mapped(3 * STAGE_BYTES + 1) as memory:
+        memory.write(5, data)
+        assert memory.read(5, len(data)) == data
+        assert memory.read(0, 5) == bytes(5)
 
 
 @pytest.mark.parametrize("name", ["read", "syscall_read"])
@@ -90,17 +106,16 @@ def test_a_write_is_refused_at_the_first_byte(
 
 
 def test_a_refusal_inside_a_later_move_names_its_byte() -> None:
-    memory = DevMemory(Stage(), 2 * STAGE_BYTES)
     page = (STAGE_BYTES + STAGE_BYTES // 2) // PAGE_SIZE
-    protect(memory, page, NONE)
-    for access in (
-        lambda: memory.read(0, memory.length),
-        lambda: memory.write(0, bytes(memory.length)),
-    ):
-        with pytest.raises(ProtectedPageError) as caught:
-            access()
-        assert caught.value.address == memory.address + page * PAGE_SIZE
-    memory.close()
+    with mapped(2 * STAGE_BYTES) as memory:
+        protect(memory, page, NONE)
+        for access in (
+            lambda: memory.read(0, memory.length),
+            lambda: memory.write(0, bytes(memory.length)),
+        ):
+            with pytest.raises(ProtectedPageError) as caught:
+                access()
+            assert caught.value.address == memory.address + page * PAGE_SIZE
 
 
 @pytest.mark.parametrize(
@@ -130,52 +145,61 @@ def test_forced_access_goes_past_permissions(memory: DevMemory) -> None:
     assert memory.read(PAGE_SIZE - 2, 6) == b"ababab"
 
 
-def test_bounds_and_use_after_close(memory: DevMemory) -> None:
-    for offset, length in ((-1, 1), (0, -1), (0, memory.length + 1), (memory.length, 1)):
+def test_bounds_and_use_after_close(mapping: DevMapping) -> None:
+    for offset, length in ((-1, 1), (0, -1), (0, mapping.length + 1), (mapping.length, 1)):
         with pytest.raises(ValueError, match="outside the mapping"):
-            memory.read(offset, length)
+            mapping.read(offset, length)
         with pytest.raises(ValueError, match="outside the mapping"):
-            memory.forced_read(offset, length)
-    address = memory.address
-    memory.close()
-    memory.close()
+            mapping.forced_read(offset, length)
+    address = mapping.address
+    mapping.close()
+    mapping.close()
     assert not any(line.startswith(f"{address:x}-") for line in maps())
     with pytest.raises(ValueError, match="closed"):
-        memory.read(0, 1)
+        mapping.read(0, 1)
 
 
 @pytest.mark.parametrize("length", [0, -1])
 def test_nothing_cannot_be_mapped(length: int) -> None:
     with pytest.raises(OSError, match="cannot map") as caught:
-        DevMemory(Stage(), length)
+        DevMapping.new(Stage(), length, Backing.ANONYMOUS)
     assert caught.value.errno == errno.EINVAL
 
 
 def test_what_does_not_fit_is_enomem() -> None:
     with pytest.raises(OSError, match="Cannot allocate") as caught:
-        DevMemory(Stage(), 1 << 62)
+        DevMapping.new(Stage(), 1 << 62, Backing.ANONYMOUS)
     assert caught.value.errno == errno.ENOMEM
 
 
-def test_a_file_can_be_mapped() -> None:
-    fd = os.memfd_create("test")
-    os.ftruncate(fd, 2 * PAGE_SIZE)
-    memory = DevMemory(Stage(), PAGE_SIZE, flags=mmap.MAP_SHARED, fd=fd, offset=PAGE_SIZE)
-    memory.write(3, b"to the file")
-    assert os.pread(fd, 11, PAGE_SIZE + 3) == b"to the file"
-    memory.close()
-    os.close(fd)
+def test_a_right_that_this_process_lacks_is_not_el2s_doing(mapping: DevMapping) -> None:
+    protect(mapping, 1, READ)
+    assert mapping.read(0, 2 * PAGE_SIZE) == bytes(2 * PAGE_SIZE)
+    with pytest.raises(OSError, match=f"no access to {mapping.address + PAGE_SIZE:#x}") as caught:
+        mapping.write(PAGE_SIZE - 1, b"two")
+    assert not isinstance(caught.value, ProtectedPageError)
+    assert "it is mapped r--p" in str(caught.value)
+    protect(mapping, 1, BOTH)
 
 
-def test_a_child_does_not_get_it(memory: DevMemory) -> None:
+def test_an_int_that_is_minus_one_is_an_error() -> None:
+    """As a long it may be 0xFFFFFFFF: open(3) gives an int."""
+    with pytest.raises(OSError, match="Bad address") as caught:
+        libc.call("open", 1, os.O_RDONLY)
+    assert caught.value.errno == errno.EFAULT
+    with pytest.raises(OSError, match="Invalid argument"):
+        libc.call("munmap", 1, PAGE_SIZE)
+
+
+def test_a_child_does_not_get_it(mapping: DevMapping) -> None:
     """fork(2) makes a real kernel take a guest's pages by force: it must not copy them."""
-    memory.write(0, b"guest")
+    mapping.write(0, b"guest")
     child = os.fork()
     if not child:
-        there = any(line.startswith(f"{memory.address:x}-") for line in maps())
+        there = any(line.startswith(f"{mapping.address:x}-") for line in maps())
         os._exit(there)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert memory.read(0, 5) == b"guest"
+    assert mapping.read(0, 5) == b"guest"
 
 
 def test_threads_do_not_mix_their_bytes(memory: DevMemory) -> None:

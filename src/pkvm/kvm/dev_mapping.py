@@ -25,12 +25,9 @@ class DevMapping(DevMemory):
     """
 
     def __init__(self, stage: Stage, backing: Backing, address: int, length: int, fd: int) -> None:
+        super().__init__(stage, address, length)
         self.backing = backing
-        self._stage = stage
-        self._address = address
-        self._length = length
         self._fd = fd
-        self._closed = False
         self._parts = [(0, length)]
         """What is still mapped here, as offsets: other memory may be where the rest was."""
         linux_memory.dont_fork(address, length)

@@ -82,29 +82,13 @@ def _whole(
 
 
 class DevMemory:
-    """A mapping of this process: `pkvm.kvm.kernel.Memory` on a real kernel.
+    """[address, address+length) of this process: what a VMM does to guest memory's bytes."""
 
-    Made with what mmap(2) takes; anonymous and private by default. Raises OSError: EINVAL for
-    length 0, ENOMEM.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        length: int,
-        *,
-        flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-        protection: int = mmap.PROT_READ | mmap.PROT_WRITE,
-        fd: int = -1,
-        offset: int = 0,
-    ) -> None:
-        if length <= 0:
-            raise OSError(errno.EINVAL, f"cannot map {length} bytes")
+    def __init__(self, stage: Stage, address: int, length: int) -> None:
         self._stage = stage
-        self._length = (length + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE
-        self._address = libc.mmap(self._length, protection, flags, fd, offset)
+        self._address = address
+        self._length = length
         self._closed = False
-        libc.madvise(self._address, self._length, mmap.MADV_DONTFORK)
 
     @property
     def address(self) -> int:
@@ -159,12 +143,6 @@ class DevMemory:
                 done += os.pwrite(fd, data[done:], address + done)
         finally:
             os.close(fd)
-
-    def close(self) -> None:
-        """munmap. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            libc.munmap(self._address, self._length)
 
     def _at(self, offset: int, length: int) -> int:
         """The user address of [offset, offset+length)."""

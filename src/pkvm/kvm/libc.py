@@ -27,15 +27,13 @@ def _declared(name: str, result: Any, *arguments: Any) -> Any:
 
 
 _ioctl = _declared("ioctl", c_int, c_int, c_ulong, c_ulong)
-_madvise = _declared("madvise", c_int, c_void_p, c_size_t, c_int)
-_mmap = _declared("mmap", c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, c_long)
-_munmap = _declared("munmap", c_int, c_void_p, c_size_t)
 _pread = _declared("pread", c_long, c_int, c_void_p, c_size_t, c_long)
 _pwrite = _declared("pwrite", c_long, c_int, c_void_p, c_size_t, c_long)
 _syscall = _declared("syscall", c_long, c_long, c_long, c_long, c_long)
 _sigaction = _declared("sigaction", c_int, c_int, c_void_p, c_void_p)
-_FAILED = (1 << 8 * ctypes.sizeof(c_void_p)) - 1
-"""MAP_FAILED."""
+_WORD = (1 << 64) - 1
+_MINUS_ONE = (1 << 32) - 1
+"""-1 as an int."""
 _TGKILL = {"x86_64": 234}.get(os.uname().machine, 131)
 """The number of tgkill(2), of which musl knows nothing: x86's own, or that of arm64 and all later
 architectures (asm-generic/unistd.h)."""
@@ -46,22 +44,20 @@ def ioctl(fd: int, request: int, argument: int) -> int:
     return _checked(_ioctl(fd, request, argument))
 
 
-def mmap(length: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    """mmap(2): the address. Raises OSError."""
-    address: int | None = _mmap(None, length, protection, flags, fd, offset)
-    if address is None or address == _FAILED:
-        raise _error()
-    return address
-
-
-def munmap(address: int, length: int) -> None:
-    """munmap(2). Raises OSError."""
-    _checked(_munmap(address, length))
-
-
-def madvise(address: int, length: int, advice: int) -> None:
-    """madvise(2). Raises OSError."""
-    _checked(_madvise(address, length, advice))
+def call(name: str, *arguments: int | ctypes.Array[ctypes.c_char] | None) -> int:
+    """Call a function by name, with numbers of 64 bits and buffers. Raises OSError where it returns
+    -1, as an int or a long."""
+    # Not an attribute, which would be the same object for everyone.
+    function = _C[name]
+    function.restype = c_long
+    result: int = function(
+        *[c_ulong(item & _WORD) if isinstance(item, int) else item for item in arguments]
+    )
+    # The upper half of an int's register is nobody's; no address or count ends in these bits.
+    if result & _MINUS_ONE == _MINUS_ONE:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+    return result
 
 
 def pread(fd: int, address: int, length: int, offset: int) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the C library has and Python has not: mappings at addresses, and system calls on buffers.
+"""Mappings at addresses, and system calls on buffers.
 
-By ctypes on the C library that Python itself runs on. Every function raises OSError with Linux's
-errno. Addresses are user addresses of this process, lengths are bytes.
+Every function raises OSError with Linux's errno. Addresses are user addresses of this process,
+lengths are bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from pkvm.kvm.libc import call
 from pkvm.uapi.memory import HUGE_PAGE, Backing, Change, Forced, SystemCall
 
 _PROT_READ, _PROT_WRITE = 1, 2
@@ -43,7 +44,6 @@ _RETURNS_LONG = frozenset(
     {"mmap", "mremap", "process_vm_readv", "process_vm_writev", "read", "syscall", "vmsplice"}
 )
 """Functions that return an address or a ssize_t, and no int."""
-_POINTER = (1 << 64) - 1
 _MEMFD_SECRET = 447
 """memfd_secret(2), of which the C library knows nothing; the number is the same everywhere."""
 _DISK_FILESYSTEMS = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010})
@@ -52,26 +52,6 @@ _STATFS_BYTES = 256
 """More than a struct statfs has, of which f_type is the first word."""
 _CAPABILITY_VERSION_3 = 0x2008_0522
 _CAP_IPC_LOCK = 14
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    """The C library of this process."""
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def call(name: str, *args: int | ctypes.Array[ctypes.c_char] | None) -> int:
-    """Call a function of the C library's with numbers of 64 bits and buffers. Raises OSError where
-    it returns -1."""
-    function = _libc()[name]
-    function.restype = ctypes.c_long if name in _RETURNS_LONG else ctypes.c_int
-    result: int = function(
-        *[ctypes.c_ulong(arg & _POINTER) if isinstance(arg, int) else arg for arg in args]
-    )
-    if result == -1:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-    return result
 
 
 def view(address: int, length: int) -> memoryview:
