@@ -276,18 +276,3 @@ def test_a_guest_without_psci_0_2_has_kvms_calls_of_0_1(made: Party) -> None:
     assert agent.hvc(Function01.CPU_ON, 1, CODE_IPA)[0] == INVALID_PARAMS, "it is on"
     for one in (vcpu, secondary):
         one.close()
-
-
-def test_a_dirty_log_says_that_each_page_may_be_dirty(made: Party) -> None:
-    with made.kvm.create_vm(0) as other:
-        for slot, flags in ((3, uapi.MemFlag.LOG_DIRTY_PAGES), (4, 0)):
-            ipa = FREE_IPA + slot * (16 << 20)
-            other.set_user_memory_region(slot, ipa, made.ram, flags=flags, size=70 * PAGE)
-        bitmap = made.kvm.mmap(PAGE)
-        kernel = made.kvm.kernel
-        for slot, result in ((3, 0), (4, errno.ENOENT), (5, errno.ENOENT)):
-            argument = bytearray(uapi.DIRTY_LOG.pack(slot, 0, bitmap.address))
-            request = uapi.Ioctl.GET_DIRTY_LOG
-            assert errno_of(kernel.ioctl, other.fd, request, argument) == result
-        assert int.from_bytes(bitmap.read(0, 24), "little") == (1 << 70) - 1
-        bitmap.close()

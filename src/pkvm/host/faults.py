@@ -31,22 +31,39 @@ def share(vm: Vm, slot: Slot, ipa: int, *, write: bool = False) -> None:
     mapping = vm.host.users.find(user, PAGE_SIZE)
     if not (mapping.writable if write else mapping.readable) or mapping.backing.plain_errno:
         raise OSError(errno.EFAULT, f"the VMM's own page at {user:#x} is not for that")
-    if _is_shared(vm, ipa, block):
-        return
-    if slot.ipa <= block and block + _BLOCK <= slot.end and _share_block(vm, slot, block):
-        return
-    page = ipa & ~(PAGE_SIZE - 1)
-    result = _share(vm, slot, page, 1)
-    if result < 0:
-        raise OSError(-result, f"EL2 does not share IPA {page:#x} with the guest")
+    # What a guest stores to a read-only slot is MMIO, once the page is there.
+    write = write and not slot.readonly
+    gfn = ipa >> PAGE_SHIFT
+    log = vm.dirty_logs.get(slot.number)
+    known = _known(vm, gfn)
+    if known is not None and log is not None and vm.shared[known].npages > 1:
+        # A log is of pages: the block goes, and comes back page by page.
+        vm.unshare(known, _BLOCK_PAGES)
+        known = None
+    if known is not None:
+        # Another vCPU's fault has mapped it meanwhile, or it may not be written to yet.
+        if write:
+            vm.host.el2.call(HostCall.RELAX_PERMS_GUEST, gfn, PROT_W)
+    elif not (log is None and _fits(slot, block) and _share_block(vm, slot, block)):
+        may_write = not slot.readonly and (write or log is None)
+        result = _share(vm, slot, gfn << PAGE_SHIFT, 1, write=may_write)
+        if result < 0:
+            raise OSError(-result, f"EL2 does not share IPA {gfn << PAGE_SHIFT:#x} with the guest")
+    if log is not None and write:
+        log.mark(gfn - slot.gfn)
 
 
-def _is_shared(vm: Vm, ipa: int, block: int) -> bool:
-    """Whether another vCPU's fault has mapped the page meanwhile."""
-    if ipa >> PAGE_SHIFT in vm.shared:
-        return True
-    around = vm.shared.get(block >> PAGE_SHIFT)
-    return around is not None and around.npages == _BLOCK_PAGES
+def _fits(slot: Slot, block: int) -> bool:
+    return slot.ipa <= block and block + _BLOCK <= slot.end
+
+
+def _known(vm: Vm, gfn: int) -> int | None:
+    """The first gfn of the mapping that has `gfn`."""
+    if gfn in vm.shared:
+        return gfn
+    first = gfn & -_BLOCK_PAGES
+    around = vm.shared.get(first)
+    return first if around is not None and around.npages == _BLOCK_PAGES else None
 
 
 def _share_block(vm: Vm, slot: Slot, block: int) -> bool:
@@ -59,16 +76,17 @@ def _share_block(vm: Vm, slot: Slot, block: int) -> bool:
     first = block >> PAGE_SHIFT
     if pa % _BLOCK or any(gfn in vm.shared for gfn in range(first, first + _BLOCK_PAGES)):
         return False
-    return _share(vm, slot, block, _BLOCK_PAGES) >= 0
+    return _share(vm, slot, block, _BLOCK_PAGES, write=not slot.readonly) >= 0
 
 
-def _share(vm: Vm, slot: Slot, ipa: int, npages: int) -> int:
-    """HOST_SHARE_GUEST, with table pages as needed; 0 or a negative errno."""
+def _share(vm: Vm, slot: Slot, ipa: int, npages: int, *, write: bool) -> int:
+    """HOST_SHARE_GUEST, to `write` to if that may be, with table pages as needed; 0 or a negative
+    errno."""
     users = vm.host.users
     user = slot.user + ipa - slot.ipa
     mapping = users.find(user, npages << PAGE_SHIFT)
     place = users.place(user, npages)
-    prot = PROT_RWX if mapping.writable and not slot.readonly else PROT_RWX & ~PROT_W
+    prot = PROT_RWX if write and mapping.writable else PROT_RWX & ~PROT_W
     call, args = HostCall.HOST_SHARE_GUEST, (place.pfn, ipa >> PAGE_SHIFT, npages, prot)
     result = vm.host.el2.try_call(call, *args)
     if result == -errno.ENOMEM:

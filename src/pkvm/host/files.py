@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
-from pkvm.host import capabilities, irqchip, regs, stolen_time
+from pkvm.host import capabilities, dirty_log, irqchip, regs, stolen_time
 from pkvm.host.argument import Argument, Handler
 from pkvm.host.dma import CopyDriver
 from pkvm.host.host import IPA_BITS, Host
@@ -34,7 +34,6 @@ from pkvm.uapi.kvm import (
     Cap,
     DmaCopy,
     Ioctl,
-    MemFlag,
     MpState,
 )
 
@@ -164,15 +163,9 @@ class VmFile:
         return 0
 
     def _get_dirty_log(self, argument: Argument) -> int:
-        """KVM_GET_DIRTY_LOG (KVM API 4.8): stores are not tracked, so each page may be dirty, every
-        time. Raises ENOENT for a slot without a log."""
+        """KVM_GET_DIRTY_LOG (KVM API 4.8)."""
         number, _, address = DIRTY_LOG.unpack(argument.read(DIRTY_LOG.size))
-        slot = self.vm.slots.get(number)
-        if slot is None or not slot.flags & MemFlag.LOG_DIRTY_PAGES:
-            raise OSError(errno.ENOENT, f"slot {number} has no dirty log")
-        bitmap = (1 << slot.npages) - 1
-        words = -(-slot.npages // 64)
-        self.vm.host.users.copy_to_user(address, bitmap.to_bytes(8 * words, "little"))
+        dirty_log.get(self.vm, number, address)
         return 0
 
     def _check_extension(self, argument: Argument) -> int:

@@ -45,6 +45,11 @@ class Slot:
         return self.ipa + self.size
 
     @property
+    def logs_dirty_pages(self) -> bool:
+        """Whether KVM is to tell which pages the guest wrote to."""
+        return bool(self.flags & MemFlag.LOG_DIRTY_PAGES)
+
+    @property
     def readonly(self) -> bool:
         """Whether a guest's stores come out as MMIO."""
         return bool(self.flags & MemFlag.READONLY)

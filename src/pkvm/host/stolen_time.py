@@ -14,6 +14,7 @@ import errno
 
 from pkvm.arm64.pvtime import STOLEN_NS, STOLEN_TIME
 from pkvm.arm64.smccc import NOT_SUPPORTED, SUCCESS, Function
+from pkvm.host import dirty_log
 from pkvm.host.argument import Argument
 from pkvm.host.vcpu import Vcpu
 from pkvm.uapi.kvm import DEVICE_ATTR, PVTIME_CTRL, PVTIME_IPA, Ioctl
@@ -85,6 +86,7 @@ def _write(vcpu: Vcpu, offset: int, data: bytes) -> None:
         return
     try:
         vcpu.vm.host.users.copy_to_user(user + offset, data)
+        dirty_log.mark(vcpu.vm, vcpu.stolen_ipa)
     except OSError:
         # The guest has not shared the page, or the VMM has unmapped it: it goes without.
         return

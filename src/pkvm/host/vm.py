@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 from typing import NamedTuple
 
+from pkvm.host import dirty_log
+from pkvm.host.dirty_log import DirtyLog
 from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.memslots import Change, MemSlots
 from pkvm.host.pages import BLOCK_PAGES, Hold, PageRun, Place
@@ -72,6 +74,8 @@ class Vm:
         """The first vCPU of a protected VM that entered the guest."""
         self.shared: dict[int, Lent] = {}
         """Non-protected: gfn -> the mapping in the guest's stage-2 that starts there."""
+        self.dirty_logs: dict[int, DirtyLog] = {}
+        """Non-protected: slot number -> its log, of those that have one."""
         self.donated: dict[int, int] = {}
         """Protected, given at the first touch: gfn -> pages that were given there at once."""
         self._donated: set[int] = set()
@@ -150,6 +154,7 @@ class Vm:
         elif gone and plan.old is not None:
             self.unshare(plan.old.gfn, plan.old.npages)
         self.slots.apply(plan)
+        dirty_log.follow(self, plan)
 
     def pin(self, run: PageRun, first: int, npages: int) -> None:
         """Keep `npages` user pages from number `first` of `run` alive, which a protected guest has,
