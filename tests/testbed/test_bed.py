@@ -9,6 +9,7 @@ import pytest
 
 from pkvm.testbed.base import TimedOut
 from pkvm.testbed.bed import TestBed
+from pkvm.testbed.root import WITH_MEMORY
 
 pytestmark = pytest.mark.linux
 
@@ -62,3 +63,10 @@ def test_a_command_has_its_time(bed: TestBed) -> None:
         bed.run(("sh", "-c", "echo before; sleep 1000 & sleep 1000"), timeout=0.5)
     assert bed.run(("echo", "after")).stdout == b"after\n"
     assert b"sleep" not in bed.run(("ps",)).stdout
+
+
+def test_guest_memory_of_every_kind_is_at_hand(bed: TestBed) -> None:
+    script = "stat -f -c %t $TMPDIR; cat /proc/sys/vm/nr_hugepages"
+    for _ in range(2):
+        result = bed.run((WITH_MEMORY, "sh", "-c", script), timeout=60)
+        assert result.stdout == b"ef53\n8\n", result.stderr

@@ -25,7 +25,7 @@ from pkvm.host.host import Host
 from pkvm.host.irqfd import Irqfds
 from pkvm.host.memlock import Memlock
 from pkvm.host.memory import HostMemory
-from pkvm.host.mm import UserSpace
+from pkvm.host.mm import Mapped, UserSpace
 from pkvm.host.pages import PageAllocator
 from pkvm.host.ports import PAGE_MASK, PAGE_SIZE, Alarms, Bus, BusFaults, Clock, Door
 from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
@@ -258,20 +258,22 @@ class HostKernel:
     def mmap(self, length: int, backing: Backing = Backing.ANONYMOUS) -> HostMemory:
         """A mapping, all of its pages there at once. Raises EINVAL, ENOMEM."""
 
-        def make() -> tuple[int, int]:
-            mapping = self._host.users.map(length, backing)
-            return mapping.address, mapping.length
+        def make() -> Mapped:
+            users = self._host.users
+            if length > 0 and backing.has_file:
+                return users.map_object(length, backing)
+            mapping = users.map(length, backing)
+            return Mapped(mapping.address, mapping.length)
 
         return self.place(make, backing)
 
-    def place(self, make: Callable[[], tuple[int, int]], backing: Backing) -> HostMemory:
-        """mmap(2), mremap(2): the memory at the address and of the length that `make` returns.
-        Raises OSError."""
+    def place(self, make: Callable[[], Mapped], backing: Backing) -> HostMemory:
+        """mmap(2), mremap(2): the memory that `make` maps. Raises OSError."""
         memory: list[HostMemory] = []
 
         def call() -> int:
             self._not_down()
-            memory.append(HostMemory(self._host.users, self, *make(), backing))
+            memory.append(HostMemory(self._host.users, self, make(), backing))
             return 0
 
         self._call(-1, "mmap", call)

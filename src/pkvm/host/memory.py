@@ -12,7 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
 
-from pkvm.host.mm import UserSpace
+from pkvm.host.mm import Mapped, UserSpace
+from pkvm.host.ports import PAGE_SIZE
 from pkvm.uapi.errors import ProtectedPageError
 from pkvm.uapi.memory import Backing, Change, Forced, SystemCall
 
@@ -37,17 +38,18 @@ class MemoryCalls(Protocol):
         """mprotect(2), madvise(2), ... Raises OSError."""
         ...
 
-    def place(self, make: Callable[[], tuple[int, int]], backing: Backing) -> HostMemory:
-        """The memory that `make` maps: it returns address and length. Raises OSError."""
+    def place(self, make: Callable[[], Mapped], backing: Backing) -> HostMemory:
+        """The memory that `make` maps. Raises OSError."""
         ...
 
 
 class HostMemory:
-    """A mapping in the VMM's hands, `length` bytes at user address `address`."""
+    """A mapping in the VMM's hands."""
 
     def __init__(
-        self, users: UserSpace, calls: MemoryCalls, address: int, length: int, backing: Backing
+        self, users: UserSpace, calls: MemoryCalls, mapped: Mapped, backing: Backing
     ) -> None:
+        address, length, self._object = mapped
         self.address = address
         """User address of the first byte."""
         self.length = length
@@ -84,28 +86,30 @@ class HostMemory:
         mapping, EFAULT, ENOENT for the path of a file."""
         if what is SystemCall.NANOSLEEP:
             length = _TIMESPEC_BYTES
-        try:
-            if what.writes:
-                data = _UTSNAME if what is SystemCall.UNAME else bytes(length)
-                self._store(offset, data, what.words)
-            elif what is SystemCall.OPEN:
-                self._load(offset, 1, what.words)
-                raise OSError(errno.ENOENT, "open: the built-in host has no such file")
-            else:
-                self._load(offset, length, what.words)
-        except ProtectedPageError as error:
-            done = error.address - self.address - offset
-            if not (what.partial and done):
+        elif what is SystemCall.OPEN:
+            length = 1
+        data = _UTSNAME if what is SystemCall.UNAME else bytes(length)
+        done = 0
+        while done < len(data):
+            count = min(len(data) - done, PAGE_SIZE - (offset + done) % PAGE_SIZE)
+            try:
+                if what.writes:
+                    self._store(offset + done, data[done : done + count], what.words)
+                else:
+                    self._load(offset + done, count, what.words)
+            except OSError as error:
+                if done and what.partial:
+                    return done
                 raise OSError(errno.EFAULT, error.strerror) from error
-            return done
-        return length if what not in (SystemCall.NANOSLEEP, SystemCall.UNAME) else 0
+            done += count
+        if what is SystemCall.OPEN:
+            raise OSError(errno.ENOENT, "open: the built-in host has no such file")
+        return done if what not in (SystemCall.NANOSLEEP, SystemCall.UNAME) else 0
 
     def forced_read(self, offset: int, length: int, way: Forced = Forced.PROC_MEM) -> bytes:
         """A load of the kernel's own, which takes what it may not touch by force. Raises ValueError
         outside the mapping, HostOopsError, EIO or EFAULT where nothing is mapped."""
         self._check(offset, length)
-        if way is Forced.FILE and not self.backing.shared:
-            return bytes(length)  # what was stored is in the mapping alone
         read = self._bus.read
         parts = [
             self._forced(pa, at, partial(_swapped, read, count))
@@ -135,21 +139,28 @@ class HostMemory:
         """mremap of a part to another address: what is there now. Errors as `change`."""
         size = self.length - offset if length is None else length
         self._check(offset, size)
-        users, at = self._users, self.address + offset
-        return self._calls.place(lambda: users.move(at, size), self.backing)
+        users, at, whole = self._users, self.address + offset, self.length
+
+        def make() -> Mapped:
+            of = self._object and users.alias(self._object, whole)
+            return Mapped(users.move(at, size), size, of)
+
+        return self._calls.place(make, self.backing)
 
     def alias(self) -> HostMemory:
         """Another mapping of the same object. Raises EINVAL for anonymous memory."""
         if not self.backing.has_file:
             raise OSError(errno.EINVAL, f"{self.backing.words} cannot be mapped again")
-        users = self._users
-        return self._calls.place(lambda: users.alias(self.address, self.length), self.backing)
+        make = partial(self._users.map_object, self.length, self.backing, self._object)
+        return self._calls.place(make, self.backing)
 
     def close(self) -> None:
         """munmap. Idempotent."""
         if not self._closed:
             self._closed = True
             self._calls.unmap(self.address, self.length)
+            if self._object:
+                self._calls.unmap(self._object, self.length)
 
     def _load(self, offset: int, length: int, access: str) -> bytes:
         self._check(offset, length)
@@ -187,7 +198,10 @@ class HostMemory:
         """(PA, user address, bytes) of what the kernel finds there; it minds no protection. Raises
         EIO by /proc/self/mem, else EFAULT, where nothing is mapped or nobody may look."""
         number = errno.EIO if way is Forced.PROC_MEM else errno.EFAULT
-        found, at, end = [], self.address + offset, self.address + offset + length
+        base = self._object if way is Forced.FILE else self.address
+        if not base:
+            raise OSError(errno.EBADF, f"{self.backing.words} has no descriptor")
+        found, at, end = [], base + offset, base + offset + length
         while at < end:
             try:
                 mapping = self._users.find(at, 1)

@@ -14,6 +14,7 @@ import errno
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 from pkvm.host.pages import PageAllocator, PageRun, Place
 from pkvm.host.ports import PAGE_MASK, PAGE_SHIFT, Bus, BusFaults
@@ -51,7 +52,7 @@ class Mapping:
         self.length = run.length - offset if length is None else length
         self.hold = run.hold((offset >> PAGE_SHIFT, self.length >> PAGE_SHIFT))
         self.readable = self.writable = self.whole = True
-        """`whole`: it is as it was made, and where."""
+        """`whole`: it is as it was made, and where, and may be read and written."""
         self.locked = backing is Backing.SECRET
         self.to_children = False
 
@@ -77,8 +78,18 @@ class Mapping:
             address, self.run, self.backing, self.offset + start - self.address, end - start
         )
         made.readable, made.writable = self.readable, self.writable
+        made.whole = self.readable and self.writable
         made.locked, made.to_children = self.locked, self.to_children
         return made
+
+
+class Mapped(NamedTuple):
+    """What a system call mapped."""
+
+    address: int
+    length: int
+    object: int = 0
+    """Where the object itself is mapped, if it has a descriptor: for the kernel's eyes only."""
 
 
 class UserSpace:
@@ -120,8 +131,8 @@ class UserSpace:
         length = (length + PAGE_MASK) & ~PAGE_MASK
         for mapping in self._overlapping(address, address + length):
             if (address | length) % mapping.backing.page:
-                why = f"{address:#x} (+{length:#x}) are no whole pages of {mapping.backing.words}"
-                raise OSError(errno.EINVAL, f"{what.value}: {why}")
+                self._change_part(what, mapping, address, length)
+                return
         inside = self._cut(address, address + length)
         if what is Change.UNMAP:
             self.unmap(address, length)
@@ -137,8 +148,8 @@ class UserSpace:
             for mapping in inside:
                 self._change_one(what, mapping)
 
-    def move(self, address: int, length: int) -> tuple[int, int]:
-        """mremap to a new address, which is returned, with the length. Raises EFAULT where nothing
+    def move(self, address: int, length: int) -> int:
+        """mremap to a new address, which is returned. Raises EFAULT where nothing
         is mapped."""
         inside = self._cut(address, address + length)
         if sum(mapping.length for mapping in inside) < length:
@@ -148,11 +159,24 @@ class UserSpace:
         self._put(inside, [])
         for mapping in inside:
             mapping.run.release(mapping.hold)
-        return target, length
+        return target
 
-    def alias(self, address: int, length: int) -> tuple[int, int]:
-        """Map the objects behind [address, address+length) once more: new address, length."""
-        return self._copy(self._overlapping(address, address + length), address, length), length
+    def map_object(self, length: int, backing: Backing, of: int = 0) -> Mapped:
+        """mmap of an object with a descriptor: a new one, or the one of `Mapped.object`. The object
+        itself is a mapping, at an address that nobody is told. Raises as `map`."""
+        first = of or self.map(length, backing).address
+        length = -(-length // backing.page) * backing.page
+        if of:
+            of = self.alias(of, length)
+        if backing.shared:
+            return Mapped(self.alias(first, length), length, of or first)
+        copy = self.map(length, backing).address
+        self.copy_to_user(copy, self.copy_from_user(first, length))
+        return Mapped(copy, length, of or first)
+
+    def alias(self, address: int, length: int) -> int:
+        """Map what is behind [address, address+length) at another address, which is returned."""
+        return self._copy(self._overlapping(address, address + length), address, length)
 
     def mappings(self) -> tuple[Mapping, ...]:
         """All of them, by address."""
@@ -227,6 +251,24 @@ class UserSpace:
         except self.bus_faults as fault:
             raise OSError(errno.EFAULT, f"copy to user {address:#x}: {fault}") from fault
 
+    def _change_part(self, what: Change, mapping: Mapping, address: int, length: int) -> None:
+        """A change of a part of a huge page (hugetlb). Raises EINVAL for most."""
+        backing = mapping.backing
+        if what in (Change.POPULATE, Change.LOCK):
+            return
+        if address % backing.page == 0:
+            if what is Change.READ_WRITE and mapping.writable:
+                return
+            if what is Change.DONTNEED:
+                return  # the pages that are wholly inside: none
+            if what is Change.REMOVE and backing.shared:
+                self.copy_to_user(address, bytes(length))
+                return
+            if what is Change.REMOVE:
+                raise OSError(errno.EACCES, "the mapping is private")
+        why = f"{address:#x} (+{length:#x}) are no whole pages of {backing.words}"
+        raise OSError(errno.EINVAL, f"{what.value}: {why}")
+
     def _change_one(self, what: Change, mapping: Mapping) -> None:
         """mprotect, mlock or madvise of a whole mapping (madvise(2)). Raises EINVAL, EACCES."""
         backing = mapping.backing
@@ -234,11 +276,13 @@ class UserSpace:
         if what in _RIGHTS:
             mapping.readable, mapping.writable = _RIGHTS[what]
         elif what is Change.LOCK:
+            if backing.plain_errno:
+                raise OSError(errno.ENOMEM, f"mlock: {backing.words} cannot be made present")
             mapping.locked = True
         elif what is Change.DOFORK:
             mapping.to_children = True
         elif what is Change.POPULATE:
-            if not mapping.writable:
+            if not mapping.writable or backing.plain_errno:
                 raise invalid
         elif mapping.locked:
             raise invalid
@@ -256,7 +300,7 @@ class UserSpace:
     def _punch(self, mapping: Mapping, invalid: OSError) -> None:
         """MADV_REMOVE: the object loses these pages, in every mapping of it."""
         if not mapping.backing.shared:
-            if mapping.backing.has_file or mapping.backing is Backing.ZERO:
+            if mapping.backing not in (Backing.ANONYMOUS, Backing.HUGE):
                 raise OSError(errno.EACCES, "the mapping is private")
             raise invalid
         run, start, end = mapping.run, mapping.offset, mapping.offset + mapping.length

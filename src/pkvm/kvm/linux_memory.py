@@ -12,7 +12,6 @@ import errno
 import os
 import resource
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -117,9 +116,9 @@ def _object(backing: Backing, length: int) -> int:
 
 
 def _disk_file() -> int:
-    """A nameless file in the folder for temporary files. Raises ENODEV where that folder's file
+    """A nameless file in TMPDIR, by default /tmp. Raises ENODEV where that folder's file
     system is one in memory."""
-    folder = tempfile.gettempdir()
+    folder = os.environ.get("TMPDIR", "/tmp")
     answer = ctypes.create_string_buffer(_STATFS_BYTES)
     call("statfs", ctypes.create_string_buffer(folder.encode()), answer)
     if int.from_bytes(answer.raw[:8], "little") not in _DISK_FILESYSTEMS:

@@ -45,6 +45,9 @@ KILL_SECONDS = 30
 SERIAL = "ttyAMA0"
 """The serial console's device."""
 
+DISK_BYTES = 16 << 20
+"""No page of it is there before it is written."""
+
 _STDIN = "/run/stdin"
 _PID = "/run/pid"
 
@@ -97,11 +100,12 @@ class TestBed(Bed):
         if warning := qemu.doubt(self.machine):
             self._progress(f"warning: {warning}")
         kernel = self._store.kernel(self._kernel, self._progress)
-        initrd = self._initrd()
+        initrd, disk = self._initrd(), _blank_disk()
         try:
-            self._start(str(kernel), initrd)
+            self._start(str(kernel), initrd, disk)
         finally:
             os.close(initrd)
+            os.close(disk)
         self._wait_for_boot()
         if not self._store.is_compiled(self._python):
             self._compile_library()
@@ -220,12 +224,14 @@ class TestBed(Bed):
             raise BedError(f"the initramfs cannot be written: {error.strerror}") from error
         return number
 
-    def _start(self, kernel: str, initrd: int) -> None:
+    def _start(self, kernel: str, initrd: int, disk: int) -> None:
         def command(numbers: Mapping[str, int]) -> list[str]:
             argv = [
                 *self.machine.command(),
                 *("-kernel", kernel, "-initrd", f"/proc/self/fd/{initrd}"),
                 *("-append", f"{qemu.APPEND} {self._append}".strip()),
+                *("-drive", f"file=/proc/self/fd/{disk},if=none,id=disk,format=raw"),
+                *("-device", "nvme,serial=disk,drive=disk"),
                 *("-chardev", f"socket,id={CONSOLE},fd={numbers[CONSOLE]}"),
                 *("-serial", f"chardev:{CONSOLE}", "-device", "virtio-serial-pci"),
             ]
@@ -235,7 +241,7 @@ class TestBed(Bed):
             return argv
 
         self._progress("starting QEMU")
-        self._process = qemu.Process(command, (CONSOLE, *root.PORTS), (initrd,))
+        self._process = qemu.Process(command, (CONSOLE, *root.PORTS), (initrd, disk))
         self._link = Link(self._process, self._on_console)
 
     def _wait_for_boot(self) -> None:
@@ -331,3 +337,11 @@ class TestBed(Bed):
         if self._link is None:
             raise BedError("the test bed was not started")
         return self._link
+
+
+def _blank_disk() -> int:
+    """A file without a name that is the machine's disk; `root.WITH_MEMORY` makes a file system on
+    it."""
+    number = os.memfd_create("disk")
+    os.ftruncate(number, DISK_BYTES)
+    return number

@@ -27,6 +27,20 @@ PORTS = {"control": 3, "output": 4, "error": 5}
 LOST = "test bed:"
 """How /init begins what it says on the serial console before it gives up."""
 
+WITH_MEMORY = "with-memory"
+"""A command's prefix: it gets what else guests can be made of, a file system on a disk as the
+folder for temporary files and huge pages."""
+_WITH_MEMORY = """\
+#!/bin/sh
+if [ ! -d /var/tmp ]; then
+	mkdir -p /var/tmp
+	busybox mke2fs -F /dev/nvme0n1 >/dev/null && mount -t ext4 /dev/nvme0n1 /var/tmp
+fi
+echo 8 >/proc/sys/vm/nr_hugepages
+export TMPDIR=/var/tmp
+exec "$@"
+"""
+
 INIT = f"""\
 #!/bin/busybox sh
 mount -t devtmpfs devtmpfs /dev
@@ -143,6 +157,7 @@ def build(packages: Packages, progress: Progress) -> tuple[Archive, str]:
             inside = path.relative_to(folder)
             if path.is_file() and _wanted(inside.parts):
                 archive.file(f"/usr/lib/{python}/{inside}", path.read_bytes())
+    archive.file(f"/usr/bin/{WITH_MEMORY}", _WITH_MEMORY, 0o755)
     archive.file("/usr/bin/pkvm", '#!/bin/sh\nexec python3 -m pkvm "$@"\n', 0o755)
     return archive, python
 
