@@ -92,10 +92,10 @@ def bare_hook() -> float:
         engine.close()
 
 
-def guest_seconds(image: bytes) -> float:
+def guest_seconds(image: bytes, *, smmu: bool = True) -> float:
     """Seconds from the start to SYSTEM_OFF of a protected VM whose firmware is `image`, with the
     recorder that does nothing and without what it takes to make and end the VM."""
-    with System(memory=64 << 20, firmware=image, recorder=NullRecorder()) as system:
+    with System(memory=64 << 20, firmware=image, recorder=NullRecorder(), smmu=smmu) as system:
         kvm = system.open()
         small = board.Board(ram_bytes=8 << 20)
         vmm = Vmm(kvm, small, load_image(bytes(4096), small), console=lambda data: None)

@@ -10,7 +10,10 @@ that translate it, until a TLB invalidation.
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 from pkvm.arm64.esr import EC, EC_SHIFT, IL, ISV
 from pkvm.machine.cpu.library import Library
@@ -27,10 +30,11 @@ _MOST = 4096
 _UNMAPPED = (1 << 64) - 1
 _NOWHERE = -1
 _PAGE_MASK = 0xFFF
-_PC = LAYOUT.pc >> 3
-_TTBR0, _TTBR1 = LAYOUT.ttbr0_el1 >> 3, LAYOUT.ttbr1_el1 >> 3
-_SCTLR = (LAYOUT.sctlr_el >> 3) + 1
-_VTTBR = LAYOUT.vttbr_el2 >> 3
+_WHERE = (
+    LAYOUT.pc, LAYOUT.sctlr_el + 8, LAYOUT.ttbr0_el1, LAYOUT.ttbr1_el1, LAYOUT.vttbr_el2
+)  # fmt: skip
+"""By what an instruction is found, in the order of the CPU's state: PC, SCTLR_EL1, TTBR0_EL1,
+TTBR1_EL1, VTTBR_EL2."""
 
 
 Settle = Callable[[], None]
@@ -48,20 +52,20 @@ def corrector(
 ) -> tuple[Settle, Forget]:
     """The functions that correct one engine's syndromes. `words` is the CPU's state, `esr_el2` an
     index in it. Every device access comes by `settle`, so all that it needs is local to it."""
-    known: dict[tuple[int, int, int, int, int], int] = {}
+    known: dict[tuple[int, ...], int] = {}
     attributes = ctypes.c_uint64()
     code, ram_base = memory.words, memory.ram_base
-    pc_at, ttbr0_at, ttbr1_at, sctlr_at, vttbr_at = _PC, _TTBR0, _TTBR1, _SCTLR, _VTTBR
+    gaps = "".join(f"{after - at - 8}xQ" for at, after in pairwise(_WHERE))
+    where = partial(struct.Struct(f"<Q{gaps}").unpack_from, words, _WHERE[0])
 
     def settle() -> None:
         esr = words[esr_el2]
         if esr & _DESCRIBED != _DESCRIBED:
             return
-        pc = words[pc_at]
-        key = (pc, words[ttbr0_at], words[ttbr1_at], words[sctlr_at], words[vttbr_at])
+        key = where()
         at = known.get(key)
         if at is None:
-            at = known[key] = find(pc)
+            at = known[key] = find(key[0])
         if at != _NOWHERE and code[at >> 3] >> (at & 4) * 8 & _WRITEBACK_MASK == _WRITEBACK:
             words[esr_el2] = esr & ~_ACCESS_BITS
 
