@@ -76,7 +76,6 @@ from pkvm.machine.gic import VirtualCpuInterface
 from pkvm.machine.memory import PhysicalMemory
 
 _DEBUG_REGISTERS = [reg.SysReg(2, 0, 0, n, kind) for n in range(16) for kind in range(4, 8)]
-_EC_SHIFT, _DATA_ABORT = syndrome.EC_SHIFT, int(syndrome.EC.DABT_LOW)
 _FNV = syndrome.ABORT_ISS["FnV"].mask
 _ABORTS = (3, 4)
 """QEMU's numbers of the exceptions that have a faulting address: prefetch and data abort."""
@@ -241,11 +240,12 @@ class UnicornEngine(CpuContext):
         it."""
         flags, requests = self._ownership.flags, self._requests
         words, esr_el2, settle = self._words, self._esr_el2_word, self._settle
+        data_abort = syndrome.EC.DABT_LOW << syndrome.EC_SHIFT  # few classes are above it
         vector: Callable[[], bool] = _no_vector
 
         def enter() -> bool:
             flags[INSIDE] = False
-            if words[esr_el2] >> _EC_SHIFT == _DATA_ABORT:
+            if words[esr_el2] >= data_abort:
                 settle()
             try:
                 again = vector()

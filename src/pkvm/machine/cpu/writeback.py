@@ -28,7 +28,6 @@ _ACCESS_BITS = 0x7FF << 14
 """ISV, SAS, SSE, SRT, SF and AR: what is valid with ISV alone."""
 _MOST = 4096
 _UNMAPPED = (1 << 64) - 1
-_NOWHERE = -1
 _PAGE_MASK = 0xFFF
 _WHERE = (
     LAYOUT.pc, LAYOUT.sctlr_el + 8, LAYOUT.ttbr0_el1, LAYOUT.ttbr1_el1, LAYOUT.vttbr_el2
@@ -37,6 +36,11 @@ _WHERE = (
 TTBR1_EL1, VTTBR_EL2."""
 
 
+Pattern = tuple[int, int, int]
+"""A word of RAM, by index, and what it is like, by mask, if there is a load or store with writeback
+in it."""
+_NOWHERE: Pattern = (0, 0, 1)
+"""Of no word."""
 Settle = Callable[[], None]
 """Called with ESR_EL2 as libunicorn has it: takes from it what it must not say."""
 Forget = Callable[[], None]
@@ -52,7 +56,7 @@ def corrector(
 ) -> tuple[Settle, Forget]:
     """The functions that correct one engine's syndromes. `words` is the CPU's state, `esr_el2` an
     index in it. Every device access comes by `settle`, so all that it needs is local to it."""
-    known: dict[tuple[int, ...], int] = {}
+    known: dict[tuple[int, ...], Pattern] = {}
     attributes = ctypes.c_uint64()
     code, ram_base = memory.words, memory.ram_base
     gaps = "".join(f"{after - at - 8}xQ" for at, after in pairwise(_WHERE))
@@ -63,15 +67,16 @@ def corrector(
         if esr & _DESCRIBED != _DESCRIBED:
             return
         key = where()
-        at = known.get(key)
-        if at is None:
-            at = known[key] = find(key[0])
-        if at != _NOWHERE and code[at >> 3] >> (at & 4) * 8 & _WRITEBACK_MASK == _WRITEBACK:
+        pattern = known.get(key)
+        if pattern is None:
+            pattern = known[key] = find(key[0])
+        index, mask, writeback = pattern
+        if code[index] & mask == writeback:
             words[esr_el2] = esr & ~_ACCESS_BITS
 
-    def find(pc: int) -> int:
-        """The offset in RAM of the instruction at `pc`; `_NOWHERE` if the walk does not tell, as
-        for a user's address while PAN is set."""
+    def find(pc: int) -> Pattern:
+        """Where in `code` the instruction at `pc` is; `_NOWHERE` if the walk does not tell, as for
+        a user's address while PAN is set."""
         if len(known) >= _MOST:
             known.clear()
         page: int = library.arm_cpu_get_phys_page_attrs_debug(
@@ -80,6 +85,8 @@ def corrector(
         pa = (page & ~_PAGE_MASK) + (pc & _PAGE_MASK & ~3)
         if page == _UNMAPPED or not memory.is_ram(pa, 4):
             return _NOWHERE
-        return pa - ram_base
+        offset = pa - ram_base
+        shift = (offset & 4) * 8
+        return offset >> 3, _WRITEBACK_MASK << shift, _WRITEBACK << shift
 
     return settle, known.clear
