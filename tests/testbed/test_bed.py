@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pkvm.testbed.base import TimedOut
+from pkvm.testbed.base import BedError, TimedOut
 from pkvm.testbed.bed import TestBed
 from pkvm.testbed.root import WITH_MEMORY
 
@@ -50,6 +50,21 @@ def test_files_go_and_come(bed: TestBed) -> None:
     assert bed.get("before") == b"the start"
 
 
+def test_a_file_that_cannot_be_written_or_read(bed: TestBed) -> None:
+    with pytest.raises(BedError, match=r"^/proc/file cannot be written in the test bed: "):
+        bed.put("/proc/file", b"x" * 5000)
+    bed.put("/tmp/after", b"right")
+    assert bed.get("/tmp/after") == b"right"
+    with pytest.raises(BedError, match=r"^nothing cannot be fetched .*: cat: can't open 'nothing'"):
+        bed.get("nothing")
+
+
+def test_much_output_in_both_streams(bed: TestBed) -> None:
+    result = bed.run(("sh", "-c", "seq 200000; seq 200000 >&2"))
+    expected = "".join(f"{number}\n" for number in range(1, 200001)).encode()
+    assert result.stdout == result.stderr == expected
+
+
 def test_input_and_environment(bed: TestBed) -> None:
     result = bed.run(
         ("sh", "-c", 'cat; echo "$A"'), stdin=b"typed\x00\x01\n", environment={"A": "b c"}
@@ -60,9 +75,9 @@ def test_input_and_environment(bed: TestBed) -> None:
 
 def test_a_command_has_its_time(bed: TestBed) -> None:
     with pytest.raises(TimedOut, match=r"took longer than 0\.5 s"):
-        bed.run(("sh", "-c", "echo before; sleep 1000 & sleep 1000"), timeout=0.5)
+        bed.run(("sh", "-c", "echo before; setsid sleep 1000 & sleep 1000"), timeout=0.5)
     assert bed.run(("echo", "after")).stdout == b"after\n"
-    assert b"sleep" not in bed.run(("ps",)).stdout
+    assert b"sleep 1000" not in bed.run(("ps",)).stdout
 
 
 def test_guest_memory_of_every_kind_is_at_hand(bed: TestBed) -> None:

@@ -15,6 +15,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import PurePosixPath
 
 from pkvm.testbed import qemu, root
@@ -50,6 +51,7 @@ DISK_BYTES = 16 << 20
 
 _STDIN = "/run/stdin"
 _PID = "/run/pid"
+_PUT = "/run/put"
 
 
 class TestBed(Bed):
@@ -57,7 +59,8 @@ class TestBed(Bed):
 
     `kernel` is a Debian series such as "7.3" or an Image's path; `files` are put in before the
     start, which is the quickest way for large ones. `append` is added to the
-    kernel's command line. `on_console` sees the kernel's log as it comes.
+    kernel's command line. `on_console` sees the kernel's log as it comes. The thread that boots it
+    must outlive it.
     """
 
     __test__ = False  # pytest takes the name for a test's
@@ -138,7 +141,7 @@ class TestBed(Bed):
         return self._command(
             f"setsid sh -c 'echo $$ >{_PID}; exec \"$@\"' sh {command} "
             f"<{_STDIN if stdin else '/dev/null'} >&4 2>&5 3>&- 4>&- 5>&-; status=$?; "
-            f"kill -9 -$(cat {_PID}) 2>/dev/null; (exit $status)",
+            "kill -9 -1; (exit $status)",
             timeout,
             on_stdout,
             on_stderr,
@@ -149,7 +152,9 @@ class TestBed(Bed):
         name = shlex.quote(path)
         self._linked().send("output", data)
         result = self._command(
-            f'{{ mkdir -p "$(dirname {name})" && head -c {len(data)} >{name}; }} <&4 2>&5', None
+            f"{{ head -c {len(data)} <&4 >{_PUT} && "
+            f'mkdir -p "$(dirname {name})" && mv -f {_PUT} {name}; }} 2>&5',
+            None,
         )
         if not result.ok:
             raise BedError(
@@ -163,12 +168,13 @@ class TestBed(Bed):
         link.outputs = {}
         link.on_console = terminal.write
 
+        left = False
+
         def typed() -> None:
+            nonlocal left
             data = terminal.read()
-            if data is None:
-                link.lines.append("quit")
-            elif data:
-                link.send(CONSOLE, data)
+            left = data is None
+            link.send(CONSOLE, data or b"")
 
         self._count += 1
         self._idle = False
@@ -179,15 +185,14 @@ class TestBed(Bed):
             f'echo "done {self._count} $?" >&3; }} <>/dev/{SERIAL} >&0 2>&0\n'.encode(),
         )
         link.watch(terminal.fd, typed)
-        link.wait(lambda: bool(link.lines), float("inf"))
+        link.wait(lambda: left or self._is_done(), inf)
         link.unwatch(terminal.fd)
         link.on_console = self._on_console
-        said = link.lines.pop().split()
-        if said[0] == "done":
-            self._idle = True
-            return int(said[2])
-        self.close()  # the shell still has the machine
-        return 0
+        if left:
+            self.close()  # the shell still has the machine
+            return 0
+        self._idle = True
+        return self._status()
 
     def close(self) -> None:
         """End the machine. What Python compiled in it is kept for the next."""
@@ -308,17 +313,14 @@ class TestBed(Bed):
             self._idle = True
             raise TimedOut(f"the command took longer than {timeout:g} s")
         self._idle = True
-        status = int(link.lines.pop().split()[2])
-        return Result(status, *(bytes(output.data) for output in link.outputs.values()))
+        return Result(self._status(), *(bytes(output.data) for output in link.outputs.values()))
 
     def _wait_for_end(self, deadline: float | None) -> bool:
         """Wait for a command to end; False if the time is up before. Raises BedError."""
         link = self._linked()
 
         def ended() -> bool:
-            while link.lines and not link.lines[0].startswith(f"done {self._count} "):
-                del link.lines[0]
-            return bool(link.lines) and all(output.ended for output in link.outputs.values())
+            return self._is_done() and all(output.ended for output in link.outputs.values())
 
         while True:
             pulse = time.monotonic() + PULSE_SECONDS
@@ -332,6 +334,17 @@ class TestBed(Bed):
                     f"the emulated machine hangs: no answer for {DEAD_SECONDS} s{link.reason()}"
                 )
             link.send(CONTROL, b"echo alive >&3\n")
+
+    def _is_done(self) -> bool:
+        """Whether the machine said that the last command ended: then that is the next line."""
+        lines = self._linked().lines
+        while lines and not lines[0].startswith(f"done {self._count} "):
+            del lines[0]
+        return bool(lines)
+
+    def _status(self) -> int:
+        """The exit status in that line, which is taken."""
+        return int(self._linked().lines.pop(0).split()[2])
 
     def _linked(self) -> Link:
         if self._link is None:

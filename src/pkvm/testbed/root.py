@@ -49,6 +49,7 @@ mount -t sysfs sysfs /sys
 mkdir -p /dev/pts /dev/shm /run
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
+ln -s /proc/self/fd /dev/fd
 export PATH=/usr/bin:/bin HOME={HOME} TERM=linux LANG=C.UTF-8
 cd {HOME}
 tries=0
@@ -68,8 +69,7 @@ else
 fi
 touch {BOOTED}
 echo "ready $protected $(uname -r)" >&3
-sh <&3
-poweroff -f
+exec sh <&3
 """
 
 
