@@ -12,12 +12,15 @@ from fakes.el2_rig import PAGE, Guest
 from pkvm.arm64 import ffa, ffa_memory, smccc
 from pkvm.arm64.ffa import Function, Registers, Status
 from pkvm.arm64.ffa_memory import Constituent
+from pkvm.check.census import census
 from pkvm.check.firmware_mutants import weakened
 from pkvm.events import SecureMemory, Transition
 from pkvm.host.ffa import FfaCallError, FfaDriver
 from pkvm.hyp.abi import HostCall
 from pkvm.hyp.ffa import MAX_BYTES, REFUSED
+from pkvm.hyp.policy import ANDROID, RFC, UPSTREAM, Policy
 from pkvm.machine.secure_partition import Command
+from pkvm.machine.stage2 import Stage2Fault
 
 SHARE, LEND = Function.FFA_MEM_SHARE_64, Function.FFA_MEM_LEND_64
 VERSIONS = (ffa.VERSION_1_0, ffa.VERSION_1_1, ffa.VERSION_1_2)
@@ -27,8 +30,8 @@ SECRET = 0x5EC2_E75E_C2E7
 class Rig(Doors):
     """With the host's driver, and pages to play with."""
 
-    def __init__(self, version: int = ffa.VERSION_1_2) -> None:
-        super().__init__()
+    def __init__(self, version: int = ffa.VERSION_1_2, policy: Policy = RFC) -> None:
+        super().__init__(policy=policy)
         self.host = self.driver(version)
         self.base = self.pages(64)
         self.warm()
@@ -112,6 +115,48 @@ def test_what_the_secure_world_has_no_guest_gets(rig: Rig) -> None:
         rig.give((rig.page(0), 1))
     rig.host.reclaim(handle)
     rig.call(HostCall.HOST_SHARE_HYP, rig.page(0) >> 12)
+
+
+def test_android_lends_for_good() -> None:
+    """Until it reclaims: facts §3.4, and bug 23 of §12."""
+    rig = Rig(policy=ANDROID)
+    device = rig.device()
+    shared = rig.give((rig.page(0), 1))
+    rig.bus.write_u64(rig.page(4), 5)
+    handle = rig.give((rig.page(4), 2), function=LEND)
+    assert rig.owned(0, 4, 5) == ["0x01", "0x0b", "0x0b"]
+    rig.sound()
+    for bus in (rig.bus, device):
+        bus.write(rig.page(0), bytes(8))
+        for at in (4, 5):
+            with pytest.raises(Stage2Fault):
+                bus.read(rig.page(at), 8)
+    rig.host.message(SP, Command.RETRIEVE, handle)
+    assert rig.host.message(SP, Command.READ, handle, 0)[:2] == (0, 5)
+    rig.host.message(SP, Command.WRITE, handle, PAGE, 8)
+    rig.host.message(SP, Command.RELINQUISH, handle)
+    assert census(rig.hyp.mem, rig.hyp.vms()).secure == 2
+    for ranges in ([(rig.page(4), 1)], [(rig.page(6), 1), (rig.page(5), 1)]):
+        for function in (SHARE, LEND):
+            with pytest.raises(FfaCallError):
+                rig.give(*ranges, function=function)
+            rig.sound()
+    assert rig.owned(6) == rig.owned(7)
+    rig.assert_refused(1, HostCall.HOST_SHARE_HYP, rig.page(4) >> 12)
+    rig.host.reclaim(handle)
+    rig.host.reclaim(shared)
+    assert rig.bus.read_u64(rig.page(5)) == 8
+    assert device.read(rig.page(4), 8) == (5).to_bytes(8, "little")
+    rig.sound()
+
+
+@pytest.mark.parametrize("policy", [RFC, UPSTREAM], ids=["rfc", "upstream"])
+def test_elsewhere_the_host_keeps_what_it_lends(policy: Policy) -> None:
+    rig = Rig(policy=policy)
+    handle = rig.give((rig.page(4), 1), function=LEND)
+    rig.bus.write_u64(rig.page(4), 5)
+    rig.host.reclaim(handle)
+    rig.sound()
 
 
 # What is not: the confused deputy

@@ -15,12 +15,16 @@ from pkvm.arm64.ffa_memory import Constituent
 from pkvm.check.invariants import Snapshot
 from pkvm.host.ffa import FfaDriver
 from pkvm.hyp.abi import HOST_CALL_BASE, HostCall
+from pkvm.hyp.policy import ANDROID, RFC, Policy
 from pkvm.machine.firmware_psci import POWER_DOWN
 from pkvm.machine.secure_partition import Command
+from pkvm.machine.stage2 import Stage2Fault
 
 PAGES = 12
 """Pages of the host's that are played with."""
 VERSIONS = st.sampled_from([ffa.VERSION_1_0, ffa.VERSION_1_1, ffa.VERSION_1_2])
+SHARE = Function.FFA_MEM_SHARE_64
+LEND = (Function.FFA_MEM_LEND_64, Function.FFA_MEM_LEND_32)
 GIVE = st.sampled_from(
     [
         Function.FFA_MEM_SHARE_64,
@@ -48,17 +52,22 @@ class HostileHost(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.doors = Doors()
-        self.guest = Guest(self.doors)
         self.driver: FfaDriver | None = None
-        self.base = self.doors.pages(PAGES)
         self.mine = set(range(PAGES))
         self.given: dict[int, set[int]] = {}
+        self.lent: set[int] = set()
+        """Handles of what was lent and not shared."""
         self.retrieved: set[int] = set()
         self.pending: tuple[int, bytes, set[int], int] | None = None
+        self.pending_is_lent = False
 
-    @initialize(version=VERSIONS)
-    def negotiate(self, version: int) -> None:
+    @initialize(version=VERSIONS, policy=st.sampled_from([RFC, ANDROID]))
+    def negotiate(self, version: int, policy: Policy) -> None:
+        self.doors = Doors(policy=policy)
+        self.device = self.doors.device()
+        self.takes_access = policy == ANDROID
+        self.guest = Guest(self.doors)
+        self.base = self.doors.pages(PAGES)
         self.driver = self.doors.driver(version)
 
     @property
@@ -92,7 +101,8 @@ class HostileHost(RuleBasedStateMachine):
         doors = self.doors
         before = Snapshot(doors.hyp.mem, doors.hyp.vms())
         answer = doors.smc(*registers)
-        if ffa.status_of(answer) is not None and self.pending is None:
+        undone = self.takes_access and registers[0] in LEND  # the host's tables may be split
+        if ffa.status_of(answer) is not None and self.pending is None and not undone:
             assert before.differences(Snapshot(doors.hyp.mem, doors.hyp.vms())) == []
         return answer
 
@@ -111,8 +121,31 @@ class HostileHost(RuleBasedStateMachine):
             pages = None
         assert (answer[0] == Function.FFA_SUCCESS_32) == (pages is not None)
         if pages is not None:
-            self.given[ffa.handle_of(answer[2], answer[3])] = set(pages)
+            handle = ffa.handle_of(answer[2], answer[3])
+            self.given[handle] = set(pages)
             self.mine -= set(pages)
+            if function in LEND:
+                self.lent.add(handle)
+
+    @rule(index=st.integers(0, PAGES - 1), function=GIVE)
+    def give_mine(self, index: int, function: Function) -> None:
+        """One page that is the host's to give."""
+        if self.mine:
+            self.give([(sorted(self.mine)[index % len(self.mine)], 1)], function)
+
+    @rule(number=st.integers(0, PAGES - 1))
+    def touch(self, number: int) -> None:
+        """The host's CPU and devices reach what is not the secure world's alone."""
+        taken = [self.given[handle] for handle in self.lent if handle in self.given]
+        if self.pending is not None and self.pending_is_lent:
+            taken.append(self.pending[2])
+        lost = self.takes_access and any(number in pages for pages in taken)
+        for bus in (self.doors.bus, self.device):
+            try:
+                bus.write(self.pa(number), b"12345678")
+                assert not lost
+            except Stage2Fault:
+                assert lost
 
     @rule(ranges=ranges_of, edits=edits, total=words, length=words, honest=st.booleans())
     def give_lies(
@@ -151,8 +184,8 @@ class HostileHost(RuleBasedStateMachine):
         self.given[handle] = pages
         self.mine -= pages
 
-    @rule(ranges=ranges_of, cut=st.integers(0, 6))
-    def begin(self, ranges: list[tuple[int, int]], cut: int) -> None:
+    @rule(ranges=ranges_of, cut=st.integers(0, 6), function=st.sampled_from([SHARE, *LEND]))
+    def begin(self, ranges: list[tuple[int, int]], cut: int, function: Function) -> None:
         data = self.transaction(ranges)
         first = len(data) - 16 * min(cut, len(ranges))
         if first == len(data):
@@ -161,7 +194,7 @@ class HostileHost(RuleBasedStateMachine):
         pages = [] if not sent else self.pages_of(sent)
         self.send(data[:first])
         busy = self.pending is not None
-        answer = self.attempt(Function.FFA_MEM_SHARE_64, len(data), first)
+        answer = self.attempt(function, len(data), first)
         good = not busy and pages is not None
         assert (answer[0] == Function.FFA_MEM_FRAG_RX) == good
         if good:
@@ -169,6 +202,7 @@ class HostileHost(RuleBasedStateMachine):
             handle = ffa.handle_of(answer[1], answer[2])
             self.mine -= set(pages)
             self.pending = handle, data, set(pages), first
+            self.pending_is_lent = function in LEND
 
     @rule(part=st.integers(1, 4), lie=st.sampled_from([0, 0, 0, 0, 4, 16]))
     def next_fragment(self, part: int, lie: int) -> None:
@@ -204,6 +238,8 @@ class HostileHost(RuleBasedStateMachine):
             assert answer[0] == Function.FFA_SUCCESS_32
             self.given[handle] = pages | new
             self.pending = None
+            if self.pending_is_lent:
+                self.lent.add(handle)
 
     @rule()
     def give_up(self) -> None:

@@ -77,6 +77,8 @@ class Owner(IntEnum):
     HOST = 0
     HYP = 1
     GUEST = 2
+    FFA = 3
+    """The secure world (Android; facts §3.1)."""
 
 
 class InvalidType(IntEnum):
@@ -93,12 +95,13 @@ class InvalidType(IntEnum):
 ANNOTATION = Layout(
     "annotated invalid leaf",
     Field("valid", 0, 0),
-    Field("owner", 3, 1, {1: "HYP", 2: "GUEST"}),
+    Field("owner", 3, 1, {1: "HYP", 2: "GUEST", 3: "FFA"}),
     Field("vm", 19, 4),
     Field("gfn", 59, 20),
     Field("type", 63, 60, {1: "LOCKED", 2: "DONATION", 3: "POISONED", 4: "MMIO"}),
 )
 ANNOTATION_HYP = ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.HYP)
+ANNOTATION_FFA = ANNOTATION.encode(type=InvalidType.DONATION, owner=Owner.FFA)
 ANNOTATION_POISONED = ANNOTATION.encode(type=InvalidType.POISONED)
 """A guest's leaf whose page the host took back by force: nothing is mapped there ever again."""
 ANNOTATION_MMIO = ANNOTATION.encode(type=InvalidType.MMIO, owner=Owner.GUEST)

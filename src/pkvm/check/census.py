@@ -26,6 +26,7 @@ from pkvm.hyp.vmemmap import (
     HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
+    SECURE_OWNED,
 )
 
 _WORDS = {
@@ -47,6 +48,8 @@ class Census:
     """"owned"."""
     guest: dict[str, int]
     """"owned", "shared_with_host": pages that protected guests own."""
+    secure: int = 0
+    """Pages that are lent to the secure world alone; they count as none of the above."""
     vms: dict[int, dict[str, int]] = field(default_factory=dict)
     """By handle: "owned", "shared_with_host", "borrowed_from_host"."""
 
@@ -74,6 +77,7 @@ def census(mem: MemProtect, vms: Iterable[GuestMemory]) -> Census:
                 "owned": by_state[GUEST_OWNED],
                 "shared_with_host": by_state[GUEST_SHARED_WITH_HOST],
             },
+            secure=by_state[SECURE_OWNED],
             vms=by_vm,
         )
 

@@ -62,6 +62,10 @@ def page() -> str:
     lines.append(
         _line(["TRNG, PTP, PV_TIME", *("yes" if HOST[name].services else "" for name in names)]),
     )
+    lines += ["", "## What the host loses with FFA_MEM_LEND", ""]
+    lines += [_line(["", *names]), _line(["---"] * (1 + len(names)))]
+    takes = [EL2[name].memory.lend_takes_access for name in names]
+    lines.append(_line(["access, until it reclaims", *("yes" if it else "" for it in takes)]))
     lines += ["", "## Capabilities that a protected VM's descriptor reports", ""]
     lines += [_line(["", *names]), _line(["---"] * (1 + len(names)))]
     listed = set().union(*(dialect.caps or () for dialect in DIALECTS.values()))

@@ -2,8 +2,8 @@
 """What must hold at the doors to firmware: no CPU and no secure world is a way round EL2.
 
 P15: a CPU on which the host runs has the host's stage-2 in force, and traps its
-SMCs. P16: whatever the secure world was given is the host's, marked as shared
-with it. Both look at the machine and not at what EL2 believes of it.
+SMCs. P16: whatever the secure world was given is marked so, and nobody else's
+but the host's, if it is shared. Both look at the machine and not at what EL2 believes of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pkvm.arm64.registers import hcr
 from pkvm.arm64.stage2 import PAGE_SHIFT
 from pkvm.hyp.hypervisor import Hypervisor
 from pkvm.hyp.mem_protect import MemProtect
-from pkvm.hyp.vmemmap import HOST_SHARED
+from pkvm.hyp.vmemmap import HOST_SHARED, SECURE_OWNED
 from pkvm.machine.host_cpus import HostCpu
 from pkvm.machine.machine import Machine
 from pkvm.machine.stage2 import Stage2Context
@@ -48,7 +48,8 @@ def _secure(mem: MemProtect, pfns: frozenset[int]) -> Iterator[str]:
     first = mem.memory.ram_base >> PAGE_SHIFT
     for pfn in sorted(pfns):
         state = mem.vmemmap.state[pfn - first]
-        if state != HOST_SHARED or mem.vmemmap.share_count[pfn - first]:
+        is_shared = state == HOST_SHARED and not mem.vmemmap.share_count[pfn - first]
+        if not is_shared and state != SECURE_OWNED:
             yield (
                 f"P16: the secure world has PA {pfn << PAGE_SHIFT:#x}, whose record says {state:#x}"
             )

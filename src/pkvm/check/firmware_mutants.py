@@ -37,12 +37,12 @@ def _set(target: object, attribute: str, value: Any) -> Install:
     return install
 
 
-def _nothing(self: SecureSharing, ranges: ffa_memory.Ranges) -> None:
+def _nothing(self: SecureSharing, ranges: ffa_memory.Ranges, *, lend: bool = False) -> None:
     """A transition that is left out."""
 
 
 def _no_ownership(stack: ExitStack) -> None:
-    for name in ("share", "unshare", "check_shared"):
+    for name in ("give", "take_back", "check_given"):
         stack.enter_context(patch.object(SecureSharing, name, _nothing))
 
 

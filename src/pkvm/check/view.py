@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from pkvm.arm64.stage2 import (
     ADDRESS_MASK,
+    ANNOTATION_FFA,
     ANNOTATION_GFN_SHIFT,
     ANNOTATION_HYP,
     ANNOTATION_MMIO,
@@ -36,6 +37,7 @@ from pkvm.hyp.vmemmap import (
     GUEST_SHARED_WITH_HOST,
     HOST_SHARED,
     HYP_OWNED,
+    SECURE_OWNED,
 )
 
 T = TypeVar("T", bound=np.generic)
@@ -126,7 +128,8 @@ class View:
         """The state byte of each page."""
         self.states[:] = mem.vmemmap.states
         self.is_hyp: Mask = self.states == HYP_OWNED
-        self.lost: Mask = self.is_hyp | (self.states == GUEST_OWNED)
+        self.is_secure: Mask = self.states == SECURE_OWNED
+        self.lost: Mask = self.is_hyp | self.is_secure | (self.states == GUEST_OWNED)
         """Pages that the host must not reach."""
         self.counted: Numbers = _counted(mem.vmemmap.records)
         """Pages with a refcount or a share count."""
@@ -237,6 +240,7 @@ class View:
         claims.fill(UNCLAIMED)
         expected.fill(0)
         expected[np.flatnonzero(self.is_hyp)] = ANNOTATION_HYP
+        expected[np.flatnonzero(self.is_secure)] = ANNOTATION_FFA
         handles = np.array([tree.handle for tree in self.forest.trees], np.int64)
         long = self.runs.sizes >= _FEW
         for tree, gfn, page, size, state in rows_of(self.runs.part(long)):

@@ -19,7 +19,7 @@ def share_counts(view: View) -> Iterator[str]:
     borrowed = view.runs.part(view.runs.states == PageState.SHARED_BORROWED)
     lent = view.states == HOST_SHARED
     involved = borrowed.sizes.size or view.secure.size or counts[view.counted].any()
-    if not involved and not lent.any():
+    if not involved and not lent.any() and not view.is_secure.any():
         return
     expected = np.bincount(borrowed.singles().pages, minlength=view.npages)
     for page in view.pages(counts != expected):
@@ -28,6 +28,11 @@ def share_counts(view: View) -> Iterator[str]:
         )
     has_borrower = counts != 0
     has_borrower[view.secure] = True
+    known = np.zeros(view.npages, np.bool_)
+    known[view.secure] = True
+    for page in view.pages(view.is_secure & ~known):
+        yield f"P6: PA {view.pa(page):#x} is the secure world's, which has it not"
+    has_borrower &= ~view.is_secure
     for page in view.pages(lent != has_borrower):
         yield f"P6: PA {view.pa(page):#x} has share count {counts[page]}, against its state"
 

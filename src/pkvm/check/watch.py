@@ -16,6 +16,7 @@ import numpy as np
 
 from pkvm.arm64.stage2 import (
     ADDRESS_MASK,
+    ANNOTATION_FFA,
     ANNOTATION_HYP,
     ATTR_NORMAL_RWX,
     LAST_LEVEL,
@@ -45,17 +46,18 @@ from pkvm.hyp.vmemmap import (
     HOST_SHARED,
     HOST_SHARED_WITH_HYP,
     HYP_OWNED,
+    SECURE_OWNED,
 )
 from pkvm.machine.bus import Bus
 
-_LOST = (HYP_OWNED, GUEST_OWNED)
+_LOST = (HYP_OWNED, GUEST_OWNED, SECURE_OWNED)
 _GUEST_STATE = {
     GUEST_OWNED: PageState.OWNED,
     GUEST_SHARED_WITH_HOST: PageState.SHARED_OWNED,
     HOST_SHARED: PageState.SHARED_BORROWED,
 }
 """What the guest's leaf says of a page, by the page's record."""
-_KNOWN = frozenset((HOST_OWNED, HOST_PINNED, HYP_OWNED, HOST_SHARED_WITH_HYP, *_GUEST_STATE))
+_KNOWN = frozenset((*_LOST, HOST_OWNED, HOST_PINNED, HOST_SHARED_WITH_HYP, *_GUEST_STATE))
 _COUNTED = (HYP_OWNED, HOST_SHARED_WITH_HYP, HOST_PINNED)
 """States with a refcount."""
 _SHIFTS = tuple(level_shift(level) for level in range(LAST_LEVEL + 1))
@@ -88,7 +90,7 @@ class Watch:
         self._private = bytearray((mem.vmemmap.states == GUEST_OWNED).tobytes())
         """By page number within RAM: 1 if it was private when last looked at."""
         self.secure: set[int] = set()
-        """PFNs that the host shares with the secure world."""
+        """PFNs that the host gave to the secure world."""
         bus = mem.host.host_bus
         self._bus = bus if isinstance(bus, Bus) and mem.protected else None
         self._smmu = mem.smmu.hardware if mem.smmu is not None and mem.protected else None
@@ -96,9 +98,9 @@ class Watch:
     def look(self, event: Transition) -> list[str]:
         """What is wrong with the pages of a transition that has just happened, in words."""
         first = event.pa >> PAGE_SHIFT
-        if event.op == "host_share_ffa":
+        if event.op in ("host_share_ffa", "host_donate_ffa"):
             self.secure.update(range(first, first + event.npages))
-        elif event.op == "host_unshare_ffa":
+        elif event.op in ("host_unshare_ffa", "host_reclaim_ffa"):
             self.secure.difference_update(range(first, first + event.npages))
         if event.npages > FEW:
             return self._look_at_many(event)
@@ -186,6 +188,9 @@ class Watch:
         elif state == HYP_OWNED:
             if entry != ANNOTATION_HYP:
                 problems.append(f"P4: PA {pa:#x} is annotated {entry:#x}, but EL2's")
+        elif state == SECURE_OWNED:
+            if entry != ANNOTATION_FFA:
+                problems.append(f"P4: PA {pa:#x} is annotated {entry:#x}, but the secure world's")
         elif vm is not None and entry != guest_annotation(vm.handle, ipa >> PAGE_SHIFT):
             problems.append(f"P4: PA {pa:#x} is annotated {entry:#x}, but VM {vm.handle:#x}'s")
         if lost and self._bus is not None:

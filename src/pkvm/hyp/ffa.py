@@ -4,7 +4,7 @@
 The secure world reaches all memory and cannot know whose a page is. A host that
 lends it a guest's page would have it read the guest's secrets: the confused
 deputy. So EL2 speaks with the secure world in the host's name. It lets memory
-through that is the host's own, marks it as shared for as long as the secure
+through that is the host's own, marks it as given for as long as the secure
 world has it, and refuses calls that it cannot follow.
 
 A transaction in several fragments is kept until it is complete. When one of its
@@ -85,6 +85,7 @@ class Pending:
     total_bytes: int
     received_bytes: int
     ranges: list[Constituent]
+    lend: bool
 
 
 class FfaProxy:
@@ -212,7 +213,7 @@ class FfaProxy:
         return answer
 
     def _give(self, cpu: HostCpu, x: Registers) -> Registers:
-        """MEM_SHARE and MEM_LEND: the host keeps its access in both."""
+        """MEM_SHARE and MEM_LEND."""
         buffers = self._mapped()
         total, length = x[1] & W_MASK, x[2] & W_MASK
         if x[3] or x[4] & W_MASK:
@@ -227,10 +228,11 @@ class FfaProxy:
             raise FfaRefused(Status.BUSY, "ffa_pending", why)
         data = buffers.take(length)
         ranges = first_ranges(data, total, self._version)
-        self._sharing.share(ranges)
+        lend = x[0] in (Function.FFA_MEM_LEND_32, Function.FFA_MEM_LEND_64)
+        self._sharing.give(ranges, lend=lend)
         buffers.send(data)
         answer = self._el3(cpu, ffa.registers(x[0], total, length))
-        return self._settle(cpu, answer, Pending(0, total, length, ranges))
+        return self._settle(cpu, answer, Pending(0, total, length, ranges, lend))
 
     def _next_fragment(self, cpu: HostCpu, x: Registers) -> Registers:
         buffers = self._mapped()
@@ -243,7 +245,7 @@ class FfaProxy:
                 raise invalid("ffa_fragment", f"{length} bytes are not what is missing")
             data = buffers.take(length)
             ranges = more_ranges(data)
-            self._sharing.share(ranges)
+            self._sharing.give(ranges, lend=pending.lend)
         except FfaRefused:
             self._give_up(cpu, pending)
             raise
@@ -254,7 +256,7 @@ class FfaProxy:
         return self._settle(cpu, self._el3(cpu, request), pending)
 
     def _settle(self, cpu: HostCpu, answer: Registers, sent: Pending) -> Registers:
-        """The secure world's answer to a fragment whose pages are shared already."""
+        """The secure world's answer to a fragment whose pages are marked already."""
         function = answer[0] & W_MASK
         if sent.received_bytes == sent.total_bytes:
             if function == Function.FFA_SUCCESS_32:
@@ -273,17 +275,17 @@ class FfaProxy:
 
     def _give_up(self, cpu: HostCpu, sent: Pending) -> None:
         """Take a transaction back that is not complete. What the secure world will not let go of
-        stays shared."""
+        stays given."""
         if sent is self._pending:
             self._pending = None
         if sent.handle:
             words = ffa.handle_words(sent.handle)
             answer = self._el3(cpu, ffa.registers(Function.FFA_MEM_RECLAIM, *words))
             if ffa.status_of(answer) not in (None, Status.INVALID_PARAMETERS):
-                why = f"the secure world keeps {len(sent.ranges)} ranges: they stay shared"
+                why = f"the secure world keeps {len(sent.ranges)} ranges: they stay given"
                 self._record(Message("el2", why))
                 return
-        self._sharing.unshare(sent.ranges)
+        self._sharing.take_back(sent.ranges)
 
     def _reclaim(self, cpu: HostCpu, x: Registers) -> Registers:
         handle, flags = ffa.handle_of(x[1], x[2]), x[3] & W_MASK
@@ -293,9 +295,9 @@ class FfaProxy:
             self._give_up(cpu, pending)
             return ffa.success()
         ranges = self._describe(cpu, handle)
-        self._sharing.check_shared(ranges)
+        self._sharing.check_given(ranges)
         answer = self._ask(cpu, Function.FFA_MEM_RECLAIM, *words, flags)
-        self._sharing.unshare(ranges)
+        self._sharing.take_back(ranges)
         return answer
 
     def _describe(self, cpu: HostCpu, handle: int) -> list[Constituent]:

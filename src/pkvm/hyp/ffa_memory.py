@@ -71,31 +71,34 @@ def more_ranges(data: bytes) -> list[Constituent]:
 
 
 class SecureSharing:
-    """Marks the host's pages as shared with the secure world, and back."""
+    """Marks the host's pages as given to the secure world, and back."""
 
     def __init__(self, mem: MemProtect) -> None:
         self._mem = mem
 
-    def share(self, ranges: Ranges) -> None:
-        """All of these pages or none: the host's own become shared. Raises FfaRefused: DENIED for
-        a page that is not the host's own."""
+    def give(self, ranges: Ranges, *, lend: bool) -> None:
+        """All of these pages or none: the host's own become shared; if it lends them, in some
+        dialects the secure world's. Raises FfaRefused: DENIED for a page that is not the host's
+        own."""
+        mem = self._mem
+        taken = lend and mem.policy.lend_takes_access
         done: list[Constituent] = []
-        with self._mem.lock:
+        with mem.lock:
             try:
-                self._each(ranges, self._mem.host_share_ffa, done)
+                self._each(ranges, mem.host_donate_ffa if taken else mem.host_share_ffa, done)
             except FfaRefused:
-                self._each(done, self._mem.host_unshare_ffa)
+                self._each(done, mem.host_return_ffa)
                 raise
 
-    def check_shared(self, ranges: Ranges) -> None:
-        """Refuse (FfaRefused, DENIED) unless the host shares all of these pages."""
-        self._each(ranges, self._mem.host_check_shared_ffa)
+    def check_given(self, ranges: Ranges) -> None:
+        """Refuse (FfaRefused, DENIED) unless the host gave all of these pages."""
+        self._each(ranges, self._mem.host_check_given_ffa)
 
-    def unshare(self, ranges: Ranges) -> None:
-        """The host has these pages for itself again. Raises FfaRefused as `check_shared`."""
+    def take_back(self, ranges: Ranges) -> None:
+        """The host has these pages for itself again. Raises FfaRefused as `check_given`."""
         with self._mem.lock:
-            self.check_shared(ranges)
-            self._each(ranges, self._mem.host_unshare_ffa)
+            self.check_given(ranges)
+            self._each(ranges, self._mem.host_return_ffa)
 
     def _each(
         self,

@@ -23,6 +23,7 @@ import numpy as np
 from pkvm.arm64.esr import FSC_TRANSLATION
 from pkvm.arm64.stage2 import (
     ANNOTATION,
+    ANNOTATION_FFA,
     ANNOTATION_HYP,
     ATTR_DEVICE_RW,
     ATTR_NORMAL_RWX,
@@ -112,7 +113,7 @@ def describe_owner(annotation: int) -> str:
     if ANNOTATION["owner"].get(annotation) == Owner.GUEST:
         handle = ANNOTATION["vm"].get(annotation)
         return f"VM {handle:#x} (guest frame {ANNOTATION['gfn'].get(annotation):#x})"
-    return "EL2"
+    return "the secure world" if annotation == ANNOTATION_FFA else "EL2"
 
 
 class HostMemory:

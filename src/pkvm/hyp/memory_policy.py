@@ -41,6 +41,8 @@ class MemoryPolicy:
     split_call: bool
     """The host may split a guest's block into pages by a call of its own."""
     firmware: FirmwareRule
+    lend_takes_access: bool
+    """FFA_MEM_LEND leaves the host without access, not as FFA_MEM_SHARE does."""
 
 
 RFC_MEMORY = MemoryPolicy(
@@ -50,6 +52,7 @@ RFC_MEMORY = MemoryPolicy(
     force_reclaim=True,
     split_call=False,
     firmware=FirmwareRule.WHOLE,
+    lend_takes_access=False,
 )
 """The mail says of a host that touches a guest's page: it panics, or the page is destroyed."""
 ANDROID_MEMORY = MemoryPolicy(
@@ -59,6 +62,7 @@ ANDROID_MEMORY = MemoryPolicy(
     force_reclaim=False,
     split_call=True,
     firmware=FirmwareRule.PAGES,
+    lend_takes_access=True,
 )
 UPSTREAM_MEMORY = MemoryPolicy(
     not_ram=Errno.EPERM,
@@ -67,4 +71,5 @@ UPSTREAM_MEMORY = MemoryPolicy(
     force_reclaim=True,
     split_call=False,
     firmware=FirmwareRule.NONE,
+    lend_takes_access=False,
 )

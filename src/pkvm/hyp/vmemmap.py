@@ -51,6 +51,8 @@ HOST_SHARED = pair(PageState.SHARED_OWNED, PageState.NOPAGE)
 secure world."""
 GUEST_OWNED = pair(PageState.NOPAGE, PageState.NOPAGE)
 """A protected guest's private page: neither the host nor EL2 has a state for it."""
+SECURE_OWNED = GUEST_OWNED | 8
+"""Lent to the secure world, which has it for itself."""
 GUEST_SHARED_WITH_HOST = pair(PageState.SHARED_BORROWED, PageState.NOPAGE)
 
 
