@@ -28,7 +28,7 @@ from pkvm.hyp.policy import POLICIES
 from pkvm.kvm import Kvm
 from pkvm.kvm.kernel import Kernel
 from pkvm.machine.dump import dump_stage2
-from pkvm.machine.machine import DMA_BASE, RAM_BASE, Machine
+from pkvm.machine.machine import DMA_BASE, RAM_BASE, SG_BASE, Machine
 from pkvm.machine.memory import BusError
 from pkvm.machine.stage2 import Stage2Context, Stage2Fault
 from pkvm.trace.counting import CountingRecorder
@@ -142,7 +142,8 @@ class System:
             recorder=recorder,
             interrupt=self.machine.engine.interrupt,
             counter=self.machine.engine if counted else None,
-            dma_base=DMA_BASE,
+            dma_base=DMA_BASE if smmu else None,
+            sg_base=SG_BASE if smmu else None,
             protected=protected,
             firmware=region,
             misalign=misalign,

@@ -49,6 +49,19 @@ def test_a_disk_is_read_and_written(linux: Linux, tmp_path: Path) -> None:
     assert hashlib.sha256(found).hexdigest() == written
 
 
+def test_a_disk_whose_data_moves_by_dma(linux: Linux, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    content = os.urandom(2 * MIB)
+    disk.write_bytes(content)
+    with linux.boot("sharing", "--disk", f"{disk},dma") as console:
+        shell = Shell(console)
+        assert shell.run("sha256sum </dev/vda").split()[0] == hashlib.sha256(content).hexdigest()
+        shell.run("dd if=/dev/vda of=/dev/vda bs=64k skip=1 count=4 2>/dev/null && sync")
+        shell.power_off()
+    moved = content[65536 : 5 * 65536]
+    assert disk.read_bytes() == moved + content[len(moved) :]
+
+
 def test_a_read_only_disk_stays_as_it_is(linux: Linux, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     content = os.urandom(MIB)

@@ -20,6 +20,8 @@ from pkvm.machine.machine import (
     IPA_BITS,
     PARANGE,
     RAM_BASE,
+    SG_BASE,
+    SG_STREAM,
     SMMU_BASE,
     Machine,
 )
@@ -90,9 +92,12 @@ def test_the_address_map() -> None:
     machine, _ = machine_with_stand_in()
     assert (IPA_BITS, PARANGE) == (40, 2)
     assert (machine.memory.ram_base, machine.memory.ram_bytes) == (RAM_BASE, 1 << 20)
-    windows = [(SMMU_BASE, 0x2_0000), (DMA_BASE, KIB4)]
+    windows = [(SMMU_BASE, 0x2_0000), (DMA_BASE, KIB4), (SG_BASE, KIB4)]
     assert [(window.base, window.size) for window in machine.memory.windows] == windows
-    assert machine.dma_devices == (("dma-copy", DMA_BASE, KIB4, DMA_STREAM),)
+    assert machine.dma_devices == (
+        ("dma-copy", DMA_BASE, KIB4, DMA_STREAM),
+        ("dma-sg", SG_BASE, KIB4, SG_STREAM),
+    )
 
 
 @pytest.mark.parametrize("ram_bytes", [0, 1, -4096, 1 << 40, (1 << 40) - RAM_BASE + 4096])

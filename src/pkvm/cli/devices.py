@@ -34,14 +34,17 @@ class Kind(NamedTuple):
 
 
 def disk(value: str | None, args: argparse.Namespace) -> VirtioDevice:
-    """`--disk FILE[,ro]`."""
+    """`--disk FILE[,ro][,dma]`."""
     # Imported here, as below: a device that is not asked for costs no start-up time.
     from pkvm.vmm.virtio.blk import Block
     from pkvm.vmm.virtio.disk import Disk
 
     text = value or ""
-    path = text.removesuffix(",ro")
-    return Block(Disk(path, read_only=path != text), identity=path.rpartition("/")[2])
+    path = text.removesuffix(",dma")
+    by_dma = path != text
+    text, path = path, path.removesuffix(",ro")
+    disk = Disk(path, read_only=path != text)
+    return Block(disk, identity=path.rpartition("/")[2], by_dma=by_dma)
 
 
 def rng(value: str | None, args: argparse.Namespace) -> VirtioDevice:
@@ -87,7 +90,13 @@ def vsock(value: str | None, args: argparse.Namespace) -> VirtioDevice:
 
 
 KINDS = (
-    Kind("--disk", "FILE[,ro]", "a raw disk image; ,ro: the guest may only read it", disk),
+    Kind(
+        "--disk",
+        "FILE[,ro][,dma]",
+        "a raw disk image; ,ro: the guest may only read it; ,dma: rings and data move by DMA, "
+        "through the SMMU",
+        disk,
+    ),
     Kind(
         "--net",
         "WIRE",

@@ -34,12 +34,13 @@ from pkvm.host.vcpu import Vcpu
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import RFC, Dialect, LostPage
 from pkvm.uapi.errors import HostOopsError
-from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, Ioctl
+from pkvm.uapi.kvm import VCPU_MMAP_SIZE, DmaCopy, DmaMove, Ioctl
 from pkvm.uapi.memory import Backing, Change
 
 if TYPE_CHECKING:
     from pkvm.host.cpus import HostCpus, Smc
     from pkvm.host.ffa import FfaDriver
+    from pkvm.host.scatter import ScatterDriver
 
 FFA_VERSION = 0x1_0002
 """FF-A 1.2, what the driver asks for."""
@@ -49,7 +50,10 @@ MAX_FDS = 1024
 _RUN = int(Ioctl.RUN)
 _INTERRUPTED = -errno.EINTR
 _REQUEST_MASK = 0xFFFF_FFFF
-_REQUEST_NAMES = {int(request): request.name for request in Ioctl} | {DmaCopy.COPY: "DMA_COPY"}
+_REQUEST_NAMES = {int(request): request.name for request in Ioctl} | {
+    DmaCopy.COPY: "DMA_COPY",
+    DmaMove.MOVE: "DMA_MOVE",
+}
 
 
 class HostRunPage:
@@ -79,7 +83,8 @@ class HostKernel:
     `bus` and the exception types `bus_faults` that it raises; EL2's `door`; the usable `ram` as
     (base PA, bytes) ranges, without EL2's carve-out and the guest firmware; `clock`; `interrupt`,
     which interrupts the CPU from any thread; with a virtual clock the CPU, as the block `counter`;
-    `dma_base`, the PA of the copy engine's registers; whether it booted in `protected` mode; the
+    `dma_base` and `sg_base`, the PAs of the copy and the scatter-gather engine's registers, None if
+    the machine has none; whether it booted in `protected` mode; the
     guest `firmware` that it found at boot (`firmware_node.guest_firmware`). `misalign` makes
     memory that no 2 MiB block can map. `alarms` are the machine's timers; without them nothing
     ends a guest's wait for its physical timer. `dialect` is what protected KVM it speaks,
@@ -97,7 +102,7 @@ class HostKernel:
         clock: Clock,
         recorder: Recorder,
         interrupt: Callable[[], None],
-        dma_base: int,
+        dma_base: int | None,
         protected: bool,
         counter: BlockCounter | None = None,
         firmware: FirmwareRegion | None = None,
@@ -109,6 +114,7 @@ class HostKernel:
         entropy: Callable[[int], bytes] = os.urandom,
         smc: Smc | None = None,
         cpu_buses: Sequence[Bus] = (),
+        sg_base: int | None = None,
     ) -> None:
         pages = PageAllocator(bus, ram, misalign=misalign)
         users = UserSpace(bus, bus_faults, pages)
@@ -136,7 +142,9 @@ class HostKernel:
         )
         users.on_change = self._host.invalidate
         self._memlock = memlock
-        self._dma = CopyDriver(bus, users, dma_base)
+        self._pages = pages
+        self._dma_base, self._sg_base = dma_base, sg_base
+        self._scatter: ScatterDriver | None = None
         self._files: dict[int, File] = {}
         self._run_pages: set[HostRunPage] = set()
         self._down = False
@@ -214,16 +222,27 @@ class HostKernel:
         return self._host.timers.interrupt()
 
     def open(self, path: str) -> int:
-        """open(2): "/dev/kvm" or "/dev/dma-copy", else ENOENT. Raises EMFILE."""
+        """open(2): "/dev/kvm", "/dev/dma-copy" or "/dev/dma-sg", else ENOENT. Raises EMFILE."""
 
         def make() -> int:
             if path == "/dev/kvm":
                 return self._install(KvmFile(self._host, self._install))
-            if path == "/dev/dma-copy":
-                return self._install(DmaFile(self._dma, self._host.users))
+            if path == "/dev/dma-copy" and self._dma_base is not None:
+                driver = CopyDriver(self._bus, self._host.users, self._dma_base)
+                return self._install(DmaFile(driver, self._host.users))
+            if path == "/dev/dma-sg" and self._sg_base is not None:
+                return self._install(self._open_scatter(self._sg_base))
             raise OSError(errno.ENOENT, f"the built-in host has no {path!r}")
 
         return self._call(-1, "open", make)
+
+    def _open_scatter(self, base: int) -> File:
+        # Imported here: most runs never move anything by it.
+        from pkvm.host.scatter import ScatterDriver, ScatterFile
+
+        if self._scatter is None:
+            self._scatter = ScatterDriver(self._bus, self._host.users, self._pages, base)
+        return ScatterFile(self._scatter, self._host.users)
 
     def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
         """ioctl(2); see `pkvm.kvm.kernel.Kernel`. EBADF for a descriptor that is not open."""

@@ -133,6 +133,16 @@ class Master:
             raise ValueError(f"{value:#x} is not an unsigned 64-bit word")
         self.write(ipa, value.to_bytes(8, "little"))
 
+    def span(self, ipa: int, length: int, access: Access) -> int:
+        """How many bytes from `ipa`, at most `length`, an access can move in one piece: to the end
+        of the page, and on while RAM follows in sequence and is permitted. Refuses nothing: the
+        access itself does."""
+        try:
+            with self._lock:
+                return self._locate(ipa, length, access)[1]
+        except Stage2Fault:
+            return min(length, PAGE_SIZE - (ipa & PAGE_MASK))
+
     def _use(self, tlb: TlbPair) -> None:
         """Look translations up here from now on. Called with the lock held."""
         self._tlb = tlb

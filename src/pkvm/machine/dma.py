@@ -14,10 +14,8 @@ FAULT_IPA  0x28   r    address that was refused, when STATUS is 1
 ========== ====== ==== ======================================================
 
 A start takes SRC, DST and LEN as they are at that moment; while busy, starts
-are ignored. Bytes move in rising order, in pieces that cross no page boundary
-of source or destination, each read whole before it is written: a destination
-that overlaps the source from above therefore repeats it. A LEN larger than the
-address space is refused as a fault of SRC before anything moves.
+are ignored. Bytes move as `move` says. A LEN larger than the address space is
+refused as a fault of SRC before anything moves.
 """
 
 from __future__ import annotations
@@ -44,6 +42,36 @@ CTRL_START = 1
 STATUS_DONE = 0
 STATUS_FAULT = 1
 STATUS_BUSY = 2
+
+
+PIECE = 1 << 18
+"""Bytes that are read before they are written, at most."""
+
+
+def move(bus: Master, source: int, destination: int, length: int) -> tuple[int, Access] | None:
+    """Move bytes as a device does: in rising order, each piece read whole before it is written.
+    Where source and destination overlap, a piece crosses no page boundary: a destination above
+    the source therefore repeats it. Returns where it was stopped and doing what; None: nowhere.
+    """
+    apart = abs(source - destination) >= length
+    while length:
+        piece = min(length, PAGE_SIZE - (source & PAGE_MASK), PAGE_SIZE - (destination & PAGE_MASK))
+        if apart and length > piece:
+            reach = min(length, PIECE)
+            reach = bus.span(destination, bus.span(source, reach, Access.READ), Access.WRITE)
+            piece = max(piece, reach)
+        try:
+            data = bus.read(source, piece)
+        except (Stage2Fault, BusError):
+            return source, Access.READ
+        try:
+            bus.write(destination, data)
+        except (Stage2Fault, BusError):
+            return destination, Access.WRITE
+        source += piece
+        destination += piece
+        length -= piece
+    return None
 
 
 class _Job(NamedTuple):
@@ -112,23 +140,8 @@ class CopyEngine:
         """Move the bytes; the fault that stopped it, or None."""
         if job.length > self._max_bytes:
             return self._fault(job.source, Access.READ)
-        source, destination, rest = job
-        while rest:
-            piece = min(
-                rest, PAGE_SIZE - (source & PAGE_MASK), PAGE_SIZE - (destination & PAGE_MASK)
-            )
-            try:
-                data = self._bus.read(source, piece)
-            except (Stage2Fault, BusError):
-                return self._fault(source, Access.READ)
-            try:
-                self._bus.write(destination, data)
-            except (Stage2Fault, BusError):
-                return self._fault(destination, Access.WRITE)
-            source += piece
-            destination += piece
-            rest -= piece
-        return None
+        stopped = move(self._bus, job.source, job.destination, job.length)
+        return None if stopped is None else self._fault(*stopped)
 
     def _fault(self, ipa: int, access: Access) -> DmaFault:
         return DmaFault(self.name, ipa, access.value)

@@ -2,10 +2,11 @@
 """`Machine`: RAM, one physical CPU, the bus masters and the clock, wired together.
 
 The physical address map: RAM from 0x8000_0000 on, the DMA copy engine's
-registers at 0x1000_0000, the SMMU's at 0x1100_0000. The host CPU (`host_bus`)
-starts with no stage-2 before it, as at reset; EL2 puts it behind one. The
-devices are behind the SMMU, which aborts until EL2 turns it on. What they write
-to RAM, the CPU engine forgets its translations of.
+registers at 0x1000_0000, the scatter-gather engine's behind them, the SMMU's at
+0x1100_0000. The host CPU (`host_bus`) starts with no stage-2 before it, as at
+reset; EL2 puts it behind one. The devices are behind the SMMU, which aborts
+until EL2 turns it on. What they write to RAM, the CPU engine forgets its
+translations of.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pkvm.machine.cpu.engine import CpuEngine
 from pkvm.machine.dma import CopyEngine
 from pkvm.machine.host_cpus import HostCpu, HostCpus
 from pkvm.machine.memory import PhysicalMemory
+from pkvm.machine.scatter import ScatterEngine
 from pkvm.machine.smmu import DmaDevice, Smmu
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ RAM_BASE = 0x8000_0000
 DMA_BASE = 0x1000_0000
 DMA_STREAM = 1
 """StreamID of the copy engine."""
+SG_BASE = 0x1000_1000
+SG_STREAM = 2
+"""StreamID of the scatter-gather engine."""
 SMMU_BASE = 0x1100_0000
 PARANGE = 2
 """ID_AA64MMFR0_EL1.PARange."""
@@ -167,8 +172,9 @@ class Machine:
         copy = CopyEngine(
             smmu.master(DMA_STREAM, "dma-copy"), recorder, base=DMA_BASE, max_bytes=1 << IPA_BITS
         )
+        scatter = ScatterEngine(smmu.master(SG_STREAM, "dma-sg"), recorder, base=SG_BASE)
         found = []
-        for stream, window in ((DMA_STREAM, copy.window),):
+        for stream, window in ((DMA_STREAM, copy.window), (SG_STREAM, scatter.window)):
             self.memory.add_window(window)
             found.append(DmaDevice(window.name, window.base, window.size, stream))
         return tuple(found)

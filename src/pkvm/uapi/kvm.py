@@ -383,3 +383,16 @@ class DmaCopy:
     ARGS = struct.Struct("<QQQ")
     """source, destination, length: user addresses and bytes. EFAULT outside a mapping, EIO when
     the device was stopped by its stage-2."""
+
+
+class DmaMove:
+    """The scatter-gather engine's driver, "/dev/dma-sg" of the built-in host: the device moves
+    bytes between user buffers by DMA, through the SMMU."""
+
+    MAX_PARTS = 16
+    HEADER = struct.Struct("<QQ")
+    """Number of parts; written back: bytes that were moved, in order."""
+    PART = struct.Struct("<QQQ")
+    """source, destination, length: user addresses and bytes. EFAULT outside a mapping, EIO when
+    the device was stopped."""
+    MOVE = 3 << 30 | (HEADER.size + MAX_PARTS * PART.size) << 16 | 0xDC << 8 | 0x02

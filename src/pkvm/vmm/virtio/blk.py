@@ -40,14 +40,16 @@ _config = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
 
 
 class Block(VirtioDevice):
-    """The device. `identity` is what GET_ID answers, 20 bytes at most."""
+    """The device. `identity` is what GET_ID answers, 20 bytes at most; `by_dma`: the rings and the
+    data move by DMA through the SMMU."""
 
     name = "virtio-blk"
     device_id = 2
     queue_names = ("requests",)
 
-    def __init__(self, disk: Disk, identity: str = "") -> None:
+    def __init__(self, disk: Disk, identity: str = "", *, by_dma: bool = False) -> None:
         self.disk = disk
+        self.by_dma = by_dma
         self.name = f"virtio-blk {disk.path}"
         self._id = identity.encode()[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self.device_features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY

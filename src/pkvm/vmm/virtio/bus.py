@@ -43,7 +43,8 @@ class VirtioPage:
 
 
 class VirtioBus:
-    """Puts each of `backends` (by slot, 0 to 31) behind its window, on the SPI `line(spi)`; the
+    """Puts each of `backends` (by slot, 0 to 31) behind its window, on the SPI `line(spi)`; those
+    that move their data by DMA reach guest memory through `dma`, the others through `memory`. The
     rest is for `MmioDevice`.
 
     Made anew for each life of a VM, with the same backends.
@@ -58,6 +59,7 @@ class VirtioBus:
         *,
         protected: bool,
         pool: int | None = None,
+        dma: GuestMemory | None = None,
     ) -> None:
         self.devices: dict[int, MmioDevice] = {}
         """By slot."""
@@ -68,7 +70,7 @@ class VirtioBus:
                 backend,
                 slot,
                 line(board.virtio_spi(slot)),
-                memory,
+                dma if backend.by_dma and dma is not None else memory,
                 faults,
                 protected=protected,
                 pool=pool,
@@ -100,8 +102,18 @@ def plug(backends: Mapping[int, VirtioDevice], faults: Faults) -> Callable[[Vmm]
 
     def into(vmm: Vmm) -> VirtioBus:
         memory = GuestMemory([(board.RAM_BASE, vmm.ram)])
+        dma = None
+        if any(backend.by_dma for backend in backends.values()):
+            # Imported here: most boards have no such device.
+            from pkvm.vmm.dma_memory import DmaMemory
+
+            moved = DmaMemory(vmm.kvm.kernel, vmm.ram)
+            vmm.at_close(moved.close)
+            dma = GuestMemory([(board.RAM_BASE, moved)])
         pool = vmm.board.bounce_base if vmm.protected and vmm.board.bounce_bytes else None
-        bus = VirtioBus(backends, memory, vmm.line, faults, protected=vmm.protected, pool=pool)
+        bus = VirtioBus(
+            backends, memory, vmm.line, faults, protected=vmm.protected, pool=pool, dma=dma
+        )
         vmm.devices.update(bus.pages)
         vmm.at_end(bus.halt)
         vmm.at_close(bus.reset)

@@ -78,6 +78,8 @@ class VirtioDevice:
     RING_INDIRECT_DESC and RING_EVENT_IDX."""
     queue_names: tuple[str, ...] = ()
     """A name for each queue; their number is the number of queues."""
+    by_dma = False
+    """Whether it reaches guest memory as a DMA-capable device does (`pkvm.vmm.dma_memory`)."""
     queue_size = 256
     """Descriptors of each queue at most (QueueNumMax), a power of 2."""
 
