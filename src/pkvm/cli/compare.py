@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pkvm
-from pkvm.check import agreement_picture, recorded
+from pkvm.check import agreement_picture, bed_run, recorded
 from pkvm.check.comparison import Comparison, Pair, Verdict, compare
 from pkvm.check.explanations import EXPLANATIONS
 from pkvm.check.scenarios import TOPICS, record, runner
 from pkvm.check.scenarios.observation import Observation
 from pkvm.check.scenarios.record import Record, RecordError
 from pkvm.cli import options, status, terminal
+from pkvm.testbed.bed import TestBed
+from pkvm.testbed.ssh import SshBed
 
 DEFAULT_SECONDS = 60.0
 
@@ -33,6 +35,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     other.add_argument(
         "--backend", metavar="PATH", help="this computer's kernel, such as /dev/kvm on arm64"
+    )
+    other.add_argument(
+        "--testbed",
+        action="store_true",
+        help="Debian's stock kernel in an emulated machine (see pkvm testbed)",
+    )
+    other.add_argument(
+        "--ssh", metavar="USER@HOST", help="the kernel of another arm64 machine, as root"
     )
     parser.add_argument(
         "--topic", action="append", metavar="NAME", help="compare this topic alone; may be repeated"
@@ -75,7 +85,10 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _other_side(args: argparse.Namespace, topics: list[str]) -> Record:
-    """The run to compare with. Raises RecordError, OSError."""
+    """The run to compare with. Raises RecordError, BedError, OSError."""
+    if args.testbed or args.ssh is not None:
+        with TestBed() if args.testbed else SshBed(args.ssh) as bed:
+            return bed_run.run(bed, topics, seconds=args.seconds, progress=_pass_on)
     if args.backend is not None:
         with pkvm.open(args.backend) as kvm:
             rows = runner.run(kvm, topics, seconds=args.seconds, progress=_progress)
@@ -92,6 +105,12 @@ def _other_side(args: argparse.Namespace, topics: list[str]) -> Record:
 def _progress(topic: str, scenario: str) -> None:
     if sys.stderr.isatty():
         print(f"\r\x1b[K{topic}: {scenario}", end="", file=sys.stderr, flush=True)
+
+
+def _pass_on(lines: bytes) -> None:
+    """Progress from the test bed."""
+    for line in lines.decode(errors="replace").splitlines():
+        _progress(*line.partition(": ")[::2])
 
 
 def _complain(text: str) -> int:
