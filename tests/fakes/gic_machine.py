@@ -75,6 +75,11 @@ class GicMachine(Machine):
             else:
                 self.attr(Group.DIST_REGS, word, bit)
 
+    def by_level(self, *intids: int) -> None:
+        """These SPIs follow their lines, all others of their word too; at reset none does."""
+        for intid in intids:
+            self.attr(Group.DIST_REGS, 0xC00 + intid // 16 * 4, 0)
+
     def line(self, number: int, level: int) -> None:
         """KVM_IRQ_LINE of a `kvm_irq_level.irq`."""
         argument = bytearray(uapi.IRQ_LEVEL.pack(number, level))

@@ -272,6 +272,7 @@ def test_registers_need_an_initialised_controller(fresh: GicMachine) -> None:
 
 
 def test_levels_as_attributes(ready: GicMachine) -> None:
+    ready.by_level(33)
     ready.spi(33, 1)
     assert ready.get(Group.LEVEL_INFO, 32) == 2
     ready.attr(Group.LEVEL_INFO, 32, 4)

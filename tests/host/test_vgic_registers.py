@@ -65,8 +65,9 @@ def test_reset_state(gic: Gic) -> None:
     assert cpu.read(SGI + g.ICFGR + 4, 4) == 0
     distributor = Frame(gic, None)
     assert distributor.read(g.IGROUPR + 4, 4) == 0xFFFF_FFFF
-    for register in (g.ISENABLER, g.ISPENDR, g.ISACTIVER, g.ICFGR + 4, g.IPRIORITYR + 28):
+    for register in (g.ISENABLER, g.ISPENDR, g.ISACTIVER, g.IPRIORITYR + 28):
         assert distributor.read(register + 4, 4) == 0
+    assert distributor.read(g.ICFGR + 8, 4) == 0xAAAA_AAAA
     assert distributor.read(g.GICD_IROUTER + 8 * 40, 8) == 0
 
 
@@ -249,6 +250,7 @@ def test_what_a_vmm_saves_it_can_restore(
 
 def test_a_vmm_sees_the_latch_and_not_the_level(gic: Gic) -> None:
     frame = Frame(gic, None)
+    frame.write(g.ICFGR + 8, 4, 0)
     gic.inject(None, 33, True)
     assert frame.read(g.ISPENDR + 4, 4) == 2
     assert frame.read(g.ISPENDR + 4, 4, user=True) == 0

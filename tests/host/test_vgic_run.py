@@ -159,6 +159,7 @@ def test_an_interrupt_of_a_device_comes_and_goes() -> None:
         yield off(vcpu)
 
     machine = GicMachine(guest)
+    machine.by_level(40)
     assert machine.run() == MMIO
     machine.spi(40, 1)
     assert machine.run() == MMIO
@@ -185,6 +186,7 @@ def test_a_line_that_stays_high_interrupts_again() -> None:
         yield off(vcpu)
 
     machine = GicMachine(guest)
+    machine.by_level(40)
     machine.enable(40)
     machine.spi(40, 1)
     assert machine.run() == SYSTEM_EVENT

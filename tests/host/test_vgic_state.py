@@ -83,7 +83,7 @@ class VgicAgainstModel(RuleBasedStateMachine):
                 intid,
                 0 if intid >= 32 else cpu,
                 enabled=intid < 16,
-                edge=intid < 16,
+                edge=intid < 16 or intid >= 32,
             )
             for cpu, intid in KEYS
         }

@@ -205,6 +205,63 @@ def test_a_kick_brings_a_vcpu_home(bed: TestBed) -> None:
     assert found_by(bed, KICK) == {"kicks": [[True, True], [True, True]]}
 
 
+INTERRUPTS = """
+from pkvm.vmm import board
+from pkvm.vmm.board import Board
+from pkvm.vmm.loader import load_image
+from pkvm.vmm.mailbox import Mailbox
+from pkvm.vmm.vmm import Vmm
+
+SPI = 63
+the_board = Board(ram_bytes=8 << 20, cpus=2, gic=True)
+image = load_image(guests.image("irq"), the_board)
+
+class Run:
+    # guests/irq tells each interrupt that it took, and first that it waits for its SPI.
+    def __init__(self, irqfd):
+        self.notes, self.console = [], b""
+        self.raised = os.eventfd(0)
+        self.irqfd = irqfd
+        self.vmm = Vmm(kvm, the_board, image, console=self.hear, plug=self.plug)
+        self.outcome = self.vmm.run(60).kind
+        self.vmm.close()
+
+    def hear(self, data):
+        self.console += data
+
+    def plug(self, vmm):
+        vmm.devices[board.MAILBOX_BASE >> 12] = Mailbox(self.note)
+        self.line = vmm.line(SPI)
+
+    def note(self, event):
+        number = event.args[0]
+        lower = number in self.notes
+        self.notes.append(number)
+        if number != SPI + 32:
+            return
+        if not self.irqfd:
+            self.line.set(not lower)
+        elif not lower:
+            self.vmm.vm.irqfd(self.raised, SPI)
+            os.eventfd_write(self.raised, 1)
+
+for name in ("line", "irqfd"):
+    run = Run(name == "irqfd")
+    found[name] = [run.outcome, run.notes, run.console.decode()]
+print(json.dumps(found))
+"""
+
+
+def test_an_interrupt_of_each_kind(bed: TestBed) -> None:
+    """Timers, an SPI and SGIs, by the interrupt controller of the real kernel."""
+    notes = [27, 30, 95, 95, 3]
+    console = "irq: took every interrupt\n"
+    assert found_by(bed, INTERRUPTS) == {
+        "line": ["powered-off", notes, console],
+        "irqfd": ["powered-off", notes, console],
+    }
+
+
 @pytest.mark.timeout(1800)  # the kernel may have to be built first
 def test_linux_with_devices(bed: TestBed, linux: Linux) -> None:
     """Its interrupts and timers are the real kernel's; what its devices see is shared."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pkvm.arm64.gicv3 import NR_SGIS
+from pkvm.arm64.gicv3 import NR_PRIVATE, NR_SGIS
 
 if TYPE_CHECKING:
     from pkvm.host.vgic.cpu import GicCpu
@@ -40,7 +40,10 @@ class Irq:
         self.mpidr = 0
         """GICD_IROUTER."""
         self.group = 1
-        self.enabled = self.edge = intid < NR_SGIS
+        self.enabled = intid < NR_SGIS
+        self.edge = not NR_SGIS <= intid < NR_PRIVATE
+        """SPIs too, until a guest says otherwise: the reset value is the implementation's to choose
+        (IHI 0069, GICD_ICFGR), and Linux's is this one."""
         self.priority = 0
         self.latch = False
         """Pending by an edge, an SGI or a write to ISPENDR."""
