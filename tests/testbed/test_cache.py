@@ -2,11 +2,22 @@
 from __future__ import annotations
 
 import fcntl
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from pkvm.testbed import cache
+
+KILLED = """
+import os, pathlib, signal, sys
+from pkvm.testbed import cache
+with cache.making(pathlib.Path(sys.argv[1])) as partial:
+    (partial / "file").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_the_folder_is_named_by_the_environment(
@@ -42,6 +53,23 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes(tmp_path: Path) -> None:
+    killed = subprocess.run((sys.executable, "-c", KILLED, str(tmp_path / "made")), check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(cache.PARTIAL)
+    (tmp_path / f"{cache.PARTIAL}file").touch()
+    with cache.making(tmp_path / "made"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_room_is_asked_for(tmp_path: Path) -> None:
+    cache.need_room(tmp_path, 1)
+    with pytest.raises(OSError, match=r"No space left on device \(\d+ MiB are needed\)"):
+        cache.need_room(tmp_path, 1 << 60)
 
 
 def test_a_lock_keeps_others_out_and_ends_with_the_block(tmp_path: Path) -> None:
