@@ -153,6 +153,7 @@ class System:
             entropy=_repeated_bytes() if counted else os.urandom,
             smc=smc,
             cpu_buses=[cpu.bus for cpu in self.machine.host_cpus.cpus],
+            cpu_register=self.machine.engine.read_sysreg,
         )
         self.machine.on_interrupt = self.host.interrupt
         self.kernel: Kernel = self.host

@@ -122,9 +122,7 @@ OURS: dict[str, Numbers] = {
     "ARM_PMU_V3": (0, 0, 0),
     "ARM_PMU_V3_STRICT": (0, 0, 0),
     "ARM_SYSTEM_SUSPEND": (0, 0, 0),
-    "VCPU_EVENTS": (0, 0, 0),
     "ARM_INJECT_SERROR_ESR": (0, 0, 0),
-    "ARM_INJECT_EXT_DABT": (0, 0, 0),
     "ARM_NISV_TO_USER": (0, 0, 0),
     "ARM_SEA_TO_USER": (0, 0, 0),
     # Migration: dirty logs, counter offsets, ID registers that can be written.

@@ -71,6 +71,8 @@ def _check(host: Host, cap: int) -> int:
         return int(host.ptrauth != 0)
     if cap in (Cap.STEAL_TIME, Cap.PTP_KVM):
         return int(host.policy.services)
+    if cap in (Cap.VCPU_EVENTS, Cap.ARM_INJECT_EXT_DABT):
+        return int(host.policy.shows_cpu)
     return _CAPS.get(cap, 0)
 
 

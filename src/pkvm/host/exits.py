@@ -134,6 +134,7 @@ def _abort(vcpu: Vcpu, results: Results) -> bool:
     """A stage-2 abort: MMIO, memory that a non-protected guest has not touched yet, or nothing."""
     _, _, esr, x0, far, hpfar, pstate, sctlr = results
     vm = vcpu.vm
+    vcpu.fault_far = far
     access = vm.slots.accesses.get((esr, far, hpfar)) or _device_access(
         vcpu, results, esr, far, hpfar
     )

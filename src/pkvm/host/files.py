@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
-from pkvm.host import capabilities, dirty_log, irqchip, regs, stolen_time
+from pkvm.host import capabilities, dirty_log, events, irqchip, regs, stolen_time
 from pkvm.host.argument import Argument, Handler
 from pkvm.host.dma import CopyDriver
 from pkvm.host.host import IPA_BITS, Host
@@ -193,6 +193,9 @@ class VcpuFile:
         self._requests: Mapping[int, Handler] = {
             Ioctl.GET_MP_STATE: self._get_mp_state,
             Ioctl.SET_MP_STATE: self._set_mp_state,
+            Ioctl.SET_GUEST_DEBUG: partial(events.set_guest_debug, vcpu),
+            Ioctl.GET_VCPU_EVENTS: partial(events.get, vcpu),
+            Ioctl.SET_VCPU_EVENTS: partial(events.set_events, vcpu),
             Ioctl.GET_ONE_REG: self._get_one_reg,
             Ioctl.SET_ONE_REG: self._set_one_reg,
             Ioctl.ARM_VCPU_INIT: self._vcpu_init,
@@ -266,14 +269,14 @@ class VcpuFile:
     def _get_one_reg(self, argument: Argument) -> int:
         """KVM_GET_ONE_REG (KVM API 4.69)."""
         register, address = self._one_reg(argument)
-        regs.size_of(register)
+        regs.size_of(self.vcpu, register)
         self._users.copy_to_user(address, regs.get_one_reg(self.vcpu, register))
         return 0
 
     def _set_one_reg(self, argument: Argument) -> int:
         """KVM_SET_ONE_REG (KVM API 4.68)."""
         register, address = self._one_reg(argument)
-        value = self._users.copy_from_user(address, regs.size_of(register))
+        value = self._users.copy_from_user(address, regs.size_of(self.vcpu, register))
         regs.set_one_reg(self.vcpu, register, value)
         return 0
 
@@ -289,11 +292,12 @@ class VcpuFile:
         """KVM_GET_REG_LIST (KVM API 4.84). Raises E2BIG, with n written, for too small a list."""
         self._need_init()
         room = int.from_bytes(argument.read(_COUNT_BYTES), "little")
-        count = len(regs.REGISTERS).to_bytes(_COUNT_BYTES, "little")
+        registers = regs.reg_list(self.vcpu)
+        count = len(registers).to_bytes(_COUNT_BYTES, "little")
         argument.write(count)
-        if room < len(regs.REGISTERS):
-            raise OSError(errno.E2BIG, f"there are {len(regs.REGISTERS)} registers")
-        argument.write(count + b"".join(item.to_bytes(8, "little") for item in regs.REGISTERS))
+        if room < len(registers):
+            raise OSError(errno.E2BIG, f"there are {len(registers)} registers")
+        argument.write(count + b"".join(item.to_bytes(8, "little") for item in registers))
         return 0
 
     def _one_reg(self, argument: Argument) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pkvm.arm64.registers import SCTLR_EE, mpidr_of_vcpu_id
 from pkvm.host import guest_services, stolen_time
 from pkvm.host.vcpu import SCTLR_OFFSET, Vcpu
 from pkvm.hyp.abi import HostVcpu, RunResult
-from pkvm.uapi.kvm import ExitReason, MpState, Run, SystemEvent, VcpuFeature
+from pkvm.uapi.kvm import REG_VENDOR_HYP_BMAP, ExitReason, MpState, Run, SystemEvent, VcpuFeature
 
 SMCCC_VERSION_1_1 = 0x1_0001
 _MPIDR_AFFINITY = 0xFF_00FF_FFFF
@@ -111,7 +111,7 @@ def call(vcpu: Vcpu) -> bool:
         x1, x2, x3 = x1 & _MASK32, x2 & _MASK32, x3 & _MASK32
     if not (vcpu.vm.vcpu_features or 0) & _HAS_PSCI_0_2 and _is_psci(function):
         answer(vcpu, _psci_0_1(vcpu, function, x1, x2, x3))
-    elif function == smccc.Function.VENDOR_UID:
+    elif function == smccc.Function.VENDOR_UID and vcpu.vm.has_service(function):
         answer(vcpu, *smccc.VENDOR_HYP_UID)
     elif function in (Function.CPU_ON_32, Function.CPU_ON_64):
         answer(vcpu, _cpu_on(vcpu, x1, x2, x3))
@@ -187,9 +187,9 @@ def _constant(vcpu: Vcpu, function: int, x1: int) -> tuple[int, ...]:
         return (_NO_MIGRATION,)
     if function == smccc.Function.SMCCC_VERSION:
         return (SMCCC_VERSION_1_1,)
-    if function == smccc.Function.KVM_FEATURES:
-        return (policy.features,)
-    if policy.services:
+    if function == smccc.Function.KVM_FEATURES and vm.has_service(function):
+        return (policy.features & vm.services[REG_VENDOR_HYP_BMAP],)
+    if policy.services and vm.has_service(function):
         return _service(vcpu, function, x1)
     return (smccc.NOT_SUPPORTED,)
 

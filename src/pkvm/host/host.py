@@ -18,6 +18,7 @@ from pkvm.host.pages import PageAllocator
 from pkvm.host.policy import POLICIES, Policy
 from pkvm.host.ports import PAGE_SHIFT, Bus, BusFaults, Clock
 from pkvm.host.scheduler import Scheduler
+from pkvm.host.shown_cpu import ShownCpu
 from pkvm.host.timer import Timers
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import Dialect
@@ -51,6 +52,7 @@ class Host:
     clock: Clock
     entropy: Callable[[int], bytes]
     """So many random bytes, for guests that ask for them."""
+    shown_cpu: ShownCpu
     tainted: bool = False
     """Whether a protected VM was made that taints the kernel (TAINT_USER)."""
     vms: set[Vm] = field(default_factory=set)

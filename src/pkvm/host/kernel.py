@@ -29,6 +29,7 @@ from pkvm.host.mm import Mapped, UserSpace
 from pkvm.host.pages import PageAllocator
 from pkvm.host.ports import PAGE_MASK, PAGE_SIZE, Alarms, Bus, BusFaults, Clock, Door
 from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
+from pkvm.host.shown_cpu import ReadRegister, ShownCpu, no_registers
 from pkvm.host.timer import Timers
 from pkvm.host.vcpu import Vcpu
 from pkvm.hyp.abi import HostCall
@@ -89,7 +90,8 @@ class HostKernel:
     memory that no 2 MiB block can map. `alarms` are the machine's timers; without them nothing
     ends a guest's wait for its physical timer. `dialect` is what protected KVM it speaks,
     `memlock` the VMM's RLIMIT_MEMLOCK in bytes (None: unlimited), `entropy` gives random bytes.
-    `smc` is the SMC instruction of each host CPU, `cpu_buses` their ways to memory.
+    `smc` is the SMC instruction of each host CPU, `cpu_buses` their ways to memory, `cpu_register`
+    reads an ID register of theirs.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class HostKernel:
         smc: Smc | None = None,
         cpu_buses: Sequence[Bus] = (),
         sg_base: int | None = None,
+        cpu_register: ReadRegister = no_registers,
     ) -> None:
         pages = PageAllocator(bus, ram, misalign=misalign)
         users = UserSpace(bus, bus_faults, pages)
@@ -139,6 +142,7 @@ class HostKernel:
             Memlock(memlock),
             clock,
             entropy,
+            ShownCpu(cpu_register),
         )
         users.on_change = self._host.invalidate
         self._memlock = memlock

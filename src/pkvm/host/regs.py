@@ -17,6 +17,8 @@ from pkvm.arm64.registers import (
     PSTATE_MODE_MASK,
     mpidr_of_vcpu_id,
 )
+from pkvm.host import shown_cpu
+from pkvm.host.policy import SERVICES
 from pkvm.host.vcpu import Vcpu
 from pkvm.hyp.abi import CONTEXT_SYSREGS, HostVcpu
 from pkvm.uapi import kvm as uapi
@@ -29,6 +31,7 @@ _COPROC_MASK = 0x0FFF_0000
 _CORE_INDEX_MASK = 0xFFFF
 _CORE_WORDS = 0x360 // 4
 """struct kvm_regs in 32-bit words."""
+_USER32 = 0x10
 _MODES = (PSTATE_EL0T, PSTATE_EL1T, PSTATE_EL1H)
 
 
@@ -54,8 +57,20 @@ def _places() -> dict[int, tuple[int, int]]:
 
 PLACES = _places()
 _MPIDR = uapi.sysreg(MPIDR_EL1.one_reg)
-REGISTERS = (*PLACES, _MPIDR, uapi.REG_PSCI_VERSION)
-"""Every id of KVM_GET_REG_LIST, in its order."""
+_SHOWN = {uapi.sysreg(register.one_reg): register for register in shown_cpu.SYSTEM_REGISTERS}
+_CCSIDRS = dict.fromkeys((uapi.REG_DEMUX_CCSIDR + number for number in range(14)), 2)
+"""As Linux makes them up: 32-byte lines, one set, one way."""
+_WORKAROUNDS = dict.fromkeys(uapi.REG_WORKAROUNDS, 0)
+"""The CPU is not known to need any, nor to need none."""
+_MORE = frozenset({*_SHOWN, *_CCSIDRS, *_WORKAROUNDS, *SERVICES})
+_REGISTERS = (*PLACES, _MPIDR, uapi.REG_PSCI_VERSION)
+
+
+def reg_list(vcpu: Vcpu) -> tuple[int, ...]:
+    """Every id of KVM_GET_REG_LIST, in its order."""
+    if not vcpu.vm.host.policy.shows_cpu:
+        return _REGISTERS
+    return (*_REGISTERS, *_WORKAROUNDS, *SERVICES, *_SHOWN, *_CCSIDRS)
 
 
 def get_one_reg(vcpu: Vcpu, register: int) -> bytes:
@@ -63,7 +78,7 @@ def get_one_reg(vcpu: Vcpu, register: int) -> bytes:
     that name nothing."""
     constant = _constant(vcpu, register)
     if constant is not None:
-        return constant.to_bytes(8, "little")
+        return constant.to_bytes(_size(register), "little")
     offset, size = _place(register)
     vcpu.sync()
     return vcpu.vm.host.bus.read(vcpu.page + offset, size)
@@ -75,6 +90,9 @@ def set_one_reg(vcpu: Vcpu, register: int, value: bytes) -> None:
     if register == uapi.REG_PSCI_VERSION:
         _set_psci_version(vcpu, int.from_bytes(value, "little"))
         return
+    if vcpu.vm.host.policy.shows_cpu and register in _MORE:
+        _set_more(vcpu, register, int.from_bytes(value, "little"))
+        return
     constant = _constant(vcpu, register)
     if constant is not None:
         if int.from_bytes(value, "little") != constant:
@@ -83,7 +101,9 @@ def set_one_reg(vcpu: Vcpu, register: int, value: bytes) -> None:
     offset, _ = _place(register)
     if register == uapi.REG_PSTATE:
         mode = int.from_bytes(value, "little") & PSTATE_MODE_MASK
-        if mode not in _MODES:
+        # A protected vCPU in AArch32 state does not run.
+        aarch32 = mode == _USER32 and vcpu.vm.protected and vcpu.vm.host.policy.shows_cpu
+        if mode not in _MODES and not aarch32:
             raise OSError(errno.EINVAL, f"PSTATE mode {mode:#x} is not AArch64 EL1 or EL0")
     vcpu.sync()
     vcpu.vm.host.bus.write(vcpu.page + offset, value)
@@ -97,21 +117,43 @@ def _set_psci_version(vcpu: Vcpu, version: int) -> None:
     vcpu.vm.psci_version = version
 
 
-def size_of(register: int) -> int:
+def _set_more(vcpu: Vcpu, register: int, value: int) -> None:
+    """What the policy `shows_cpu` brings. Raises EINVAL for what cannot be so, EBUSY for services
+    once the VM has run."""
+    vm = vcpu.vm
+    if register in _SHOWN:
+        shown_cpu.set_by_vmm(vcpu, _SHOWN[register], value)
+    elif register in SERVICES:
+        if vm.ran and value != vm.services[register]:
+            raise OSError(errno.EBUSY, "the VM has run: its guest may know its services")
+        if value & ~SERVICES[register]:
+            raise OSError(errno.EINVAL, f"this host has not all services of {value:#x}")
+        vm.services[register] = value
+    elif value != _constant(vcpu, register):
+        raise OSError(errno.EINVAL, f"register {register:#x} is what it is")
+
+
+def size_of(vcpu: Vcpu, register: int) -> int:
     """Bytes that a ONE_REG id says its register has. Raises ENOENT and EINVAL as the kernel does
     before it touches the caller's buffer."""
     if register & _ARCH_MASK != uapi.REG_ARM64:
         raise OSError(errno.EINVAL, f"{register:#x} is not an arm64 register id")
-    if register in (_MPIDR, uapi.REG_PSCI_VERSION):
-        return 8
+    if register in (_MPIDR, uapi.REG_PSCI_VERSION) or (
+        vcpu.vm.host.policy.shows_cpu and register in _MORE
+    ):
+        return _size(register)
     return _place(register)[1]
+
+
+def _size(register: int) -> int:
+    return 1 << (register >> _SIZE_SHIFT & 0xF)
 
 
 def _place(register: int) -> tuple[int, int]:
     place = PLACES.get(register)
     if place is not None:
         return place
-    size = 1 << (register >> _SIZE_SHIFT & 0xF)
+    size = _size(register)
     index = register & _CORE_INDEX_MASK
     if register & _COPROC_MASK == uapi.REG_ARM_CORE and index + size // 4 < _CORE_WORDS:
         raise OSError(errno.EINVAL, f"{register:#x} is not a whole member of struct kvm_regs")
@@ -124,4 +166,12 @@ def _constant(vcpu: Vcpu, register: int) -> int | None:
         return mpidr_of_vcpu_id(vcpu.id)
     if register == uapi.REG_PSCI_VERSION:
         return vcpu.vm.psci_version
-    return None
+    if not vcpu.vm.host.policy.shows_cpu:
+        return None
+    shown = _SHOWN.get(register)
+    if shown is not None:
+        return shown_cpu.get(vcpu, shown)
+    service = vcpu.vm.services.get(register)
+    if service is not None:
+        return service
+    return _CCSIDRS.get(register, _WORKAROUNDS.get(register))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 
-from pkvm.host import exits, firmware_address, stolen_time
+from pkvm.host import events, exits, firmware_address, stolen_time
 from pkvm.host.scheduler import KickedError
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
@@ -47,6 +47,8 @@ def kvm_run(vcpu: Vcpu) -> None:
     answered = vcpu.mmio is not None
     if vcpu.mmio is not None:
         exits.complete_mmio(vcpu, vcpu.mmio)
+    if vcpu.serror_waits:
+        events.deliver(vcpu)
     if vcpu.run[_IMMEDIATE_EXIT]:
         vcpu.exit_with(ExitReason.INTR)
         raise OSError(errno.EINTR, "immediate_exit is set")

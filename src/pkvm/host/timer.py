@@ -59,8 +59,8 @@ class PhysicalTimer:
 
     @property
     def control(self) -> int:
-        """CNTP_CTL_EL0."""
-        if self._control & CTL_ENABLE and self._count() >= self._compare:
+        """CNTP_CTL_EL0. ISTATUS, which is unknown while the timer is off, is as Linux shows it."""
+        if self._count() >= self._compare:
             return self._control | CTL_ISTATUS
         return self._control
 
@@ -146,13 +146,17 @@ class Timers:
         if timer is not None:
             timer.close()
 
-    def physical(self, cpu: GicCpu) -> PhysicalTimer:
-        """The vCPU's physical timer."""
-        return self._physical[cpu]
+    def physical(self, vcpu: Vcpu) -> PhysicalTimer:
+        """The vCPU's physical timer; without an interrupt controller nobody hears of it."""
+        if vcpu.gic is not None:
+            return self._physical[vcpu.gic]
+        if vcpu.lone_timer is None:
+            vcpu.lone_timer = PhysicalTimer(self._count, _NoAlarm(), lambda: None)
+        return vcpu.lone_timer
 
     def stop(self, vcpu: Vcpu) -> None:
         """The vCPU was reset or is off."""
-        timer = None if vcpu.gic is None else self._physical.get(vcpu.gic)
+        timer = vcpu.lone_timer if vcpu.gic is None else self._physical.get(vcpu.gic)
         if timer is not None:
             timer.reset()
 

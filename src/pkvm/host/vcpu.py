@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from pkvm.arm64 import registers as r
 from pkvm.arm64.registers import PSTATE_RESET, SCTLR_EL1, SCTLR_EL1_RESET
+from pkvm.host import shown_cpu
 from pkvm.host.ports import PAGE_SIZE
 from pkvm.host.scheduler import Runner
 from pkvm.hyp.abi import CONTEXT_SYSREGS, HostCall, HostVcpu, VcpuFlag
 from pkvm.uapi.kvm import TARGET_GENERIC_V8, VCPU_INIT, VCPU_MMAP_SIZE, MpState, Run, VcpuFeature
 
 if TYPE_CHECKING:
+    from pkvm.host.timer import PhysicalTimer
     from pkvm.host.vgic.cpu import GicCpu
     from pkvm.host.vgic.irq import Irq
     from pkvm.host.vm import Vm
@@ -86,6 +88,16 @@ class Vcpu:
         self.gic: GicCpu | None = None
         """The vCPU's share of the VM's interrupt controller, if that has one."""
         self.mmio: PendingMmio | None = None
+        self.fault_far = 0
+        """FAR_EL2 of the guest's last abort."""
+        self.serror_given = False
+        """The VMM gave it an SError, some time since KVM_ARM_VCPU_INIT."""
+        self.serror_waits = False
+        """The guest has not taken it yet."""
+        self.lone_timer: PhysicalTimer | None = None
+        """The physical timer of a vCPU without an interrupt controller, once it was touched."""
+        self.kept: dict[r.SysReg, int] = {}
+        """System registers that the host alone has (`shown_cpu`)."""
         self.stolen_ipa = NO_IPA
         """Where the guest is told how long the vCPU waited for the CPU (`stolen_time`)."""
         self.stolen_seen_ns = 0
@@ -151,12 +163,14 @@ class Vcpu:
         ):
             _WORD.pack_into(page, offset, value)
         self.vm.host.bus.write(self.page, page)
+        shown_cpu.reset(self)
+        self.serror_given = self.serror_waits = False
         self.mmio = None
         self.flags = 0
         self.mark_dirty()
         if self.gic is not None:
             self.gic.forget()
-            self.vm.host.timers.stop(self)
+        self.vm.host.timers.stop(self)
 
     def tell(self, flag: int) -> None:
         """Set a bit of `hyp.abi.VcpuFlag` for EL2's next entry."""

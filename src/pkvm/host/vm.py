@@ -17,6 +17,7 @@ from pkvm.host.dirty_log import DirtyLog
 from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.memslots import Change, MemSlots
 from pkvm.host.pages import BLOCK_PAGES, Hold, PageRun, Place
+from pkvm.host.policy import SERVICE_OF, SERVICES
 from pkvm.host.ports import PAGE_SHIFT
 from pkvm.host.vcpu import Vcpu
 from pkvm.host.vgic.gic import Gic
@@ -59,6 +60,8 @@ class Vm:
         """Most pages that the guest gets at the first touch of one; 0: it has them all."""
         self.vcpu_features: int | None = None
         """KVM_ARM_VCPU_* features of its vCPUs but POWER_OFF, once one is initialised."""
+        self.services = dict(SERVICES)
+        """KVM_REG_ARM_*_BMAP: which of KVM's services its guests have."""
         self.psci_version = host.policy.psci_versions[-1]
         """What the host tells those guests whose PSCI it is."""
         self.firmware_ipa: int | None = None
@@ -96,6 +99,11 @@ class Vm:
         self.isolated = dialect.registers is Registers.HIDDEN
         self.elects_primary = dialect.primary is Primary.FIRST_TO_ENTER
         self.touch_pages = _TOUCH_PAGES[dialect.memory]
+
+    def has_service(self, function: int) -> bool:
+        """Whether the VMM left the guest the service that a function id belongs to."""
+        bitmap, bit = SERVICE_OF.get(function, (0, 0))
+        return not bit or bool(self.services[bitmap] & bit)
 
     def get(self) -> None:
         """One more user: a vCPU's descriptor."""

@@ -142,7 +142,15 @@ class Hypervisor:
         exits = Exits(engine, recorder)
         nonprotected = NonProtected(engine, recorder)
         calls = GuestCalls(engine, self.mem, exits, nonprotected, recorder, policy)
-        vector = Vector(engine, exits, nonprotected, calls, SystemRegisters(engine), recorder)
+        vector = Vector(
+            engine,
+            exits,
+            nonprotected,
+            calls,
+            SystemRegisters(engine),
+            recorder,
+            host_shows_cpu=policy.isolation is None,
+        )
         timers = Timers(engine, machine.new_timer)
         self.cpu = PhysicalCpu(
             engine, vector, exits, nonprotected, self.table, policy, recorder, timers

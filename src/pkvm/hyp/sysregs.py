@@ -104,6 +104,15 @@ class SystemRegisters:
             return Verdict.SERVED
         return Verdict.UNDEFINED
 
+    def access_open(self, esr: int) -> Verdict:
+        """The same for a vCPU whose CPU the host decides: EL2 serves what is the hardware's."""
+        key = esr & _KEY_MASK
+        if key in self._hardware:
+            return self._access_hardware(esr, self._hardware[key])
+        if key == r.ICC_SRE_EL1.iss:
+            return self._read_as(esr, ICC_SRE_VALUE) if esr & SYS64_READ else self._skip()
+        return Verdict.HOST
+
     def _access_hardware(self, esr: int, register: r.SysReg) -> Verdict:
         if esr & SYS64_READ:
             return self._read_as(esr, self._engine.read_sysreg(register))

@@ -44,8 +44,11 @@ class Vector:
         calls: GuestCalls,
         sysregs: SystemRegisters,
         recorder: Recorder,
+        *,
+        host_shows_cpu: bool = False,
     ) -> None:
         self._engine = engine
+        self._host_shows_cpu = host_shows_cpu
         self._exits = exits
         self._nonprotected = nonprotected
         self._calls = calls
@@ -248,8 +251,12 @@ class Vector:
         return False
 
     def _sys64_open(self, vcpu: Vcpu, esr: int) -> bool:
-        """EL2 serves what it would for a protected guest, so that both see the same CPU."""
-        verdict = self._sysregs.access(vcpu, esr)
+        """EL2 serves what it would for a protected guest, so that both see the same CPU; or leaves
+        it to the host what CPU that is."""
+        if self._host_shows_cpu:
+            verdict = self._sysregs.access_open(esr)
+        else:
+            verdict = self._sysregs.access(vcpu, esr)
         if verdict is not Verdict.SERVED:
             return self._to_host(vcpu, esr)
         self._record(GuestTrap(vcpu.handle, vcpu.index, verdict.value, esr))

@@ -35,6 +35,9 @@ class Ioctl(IntEnum):
     RUN = _ioc(0, 0x80, 0)
     GET_MP_STATE = _ioc(2, 0x98, 4)
     SET_MP_STATE = _ioc(1, 0x99, 4)
+    SET_GUEST_DEBUG = _ioc(1, 0x9B, 520)
+    GET_VCPU_EVENTS = _ioc(2, 0x9F, 64)
+    SET_VCPU_EVENTS = _ioc(1, 0xA0, 64)
     ENABLE_CAP = _ioc(1, 0xA3, 104)
     GET_ONE_REG = _ioc(1, 0xAB, 16)
     ARM_SET_DEVICE_ADDR = GET_ONE_REG
@@ -212,6 +215,10 @@ ONE_REG = struct.Struct("<QQ")
 VCPU_INIT = struct.Struct("<I7I")
 """kvm_vcpu_init: target, features[7]."""
 MP_STATE = struct.Struct("<I")
+VCPU_EVENTS = struct.Struct("<BBB5xQ12I")
+"""kvm_vcpu_events: serror_pending, serror_has_esr, ext_dabt_pending, serror_esr, reserved."""
+GUEST_DEBUG = struct.Struct("<II64Q")
+"""kvm_guest_debug: control, padding, the breakpoint and watchpoint registers."""
 PROTECTED_VM_INFO = struct.Struct("<8Q")
 """kvm_protected_vm_info: firmware_size, then seven reserved words. The first reserved word is
 the structure's size when the caller gave one in args[1] (RFC review, question 6)."""
@@ -285,6 +292,15 @@ def sysreg(encoding: int) -> int:
 
 
 REG_PSCI_VERSION = REG_ARM64 | REG_SIZE_U64 | REG_ARM_FW | 0
+REG_WORKAROUNDS = tuple(REG_ARM64 | REG_SIZE_U64 | REG_ARM_FW | number for number in (1, 2, 3))
+"""KVM_REG_ARM_SMCCC_ARCH_WORKAROUND_1 to _3."""
+REG_ARM_FW_FEATURES = 0x16 << 16
+REG_STD_BMAP, REG_STD_HYP_BMAP, REG_VENDOR_HYP_BMAP, REG_VENDOR_HYP_BMAP_2 = (
+    REG_ARM64 | REG_SIZE_U64 | REG_ARM_FW_FEATURES | number for number in range(4)
+)
+"""Bitmaps of the services that KVM has for guests, by the owner of their function ids."""
+REG_DEMUX_CCSIDR = REG_ARM64 | REG_SIZE_U32 | 0x11 << 16
+"""CCSIDR_EL1 by the value of CSSELR_EL1, in the low bits."""
 
 
 class DeviceType(IntEnum):

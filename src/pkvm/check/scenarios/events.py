@@ -3,40 +3,33 @@
 
 from __future__ import annotations
 
-import struct
 from functools import partial
 
 from pkvm.check.scenarios.bench import DEVICE, Bench, BenchVm
 from pkvm.check.scenarios.observation import Outcome
 from pkvm.guests.protocol import Op
 from pkvm.kvm import Vcpu
-from pkvm.uapi.kvm import IrqType, irq_number
+from pkvm.uapi.kvm import GUEST_DEBUG, VCPU_EVENTS, Ioctl, IrqType, irq_number
 
 TITLE = "injected events"
-_EVENTS = struct.Struct("<BBB5xQ12I")
-"""kvm_vcpu_events: serror_pending, serror_has_esr, ext_dabt_pending, pad; serror_esr; reserved."""
-_GET, _SET = 0x8040_AE9F, 0x4040_AEA0
-_DEBUG = struct.Struct("<II64Q")
-"""kvm_guest_debug: control, pad; the registers of breakpoints and watchpoints."""
-_SET_GUEST_DEBUG = 0x4208_AE9B
 
 
 def _set(
     bench: Bench, vcpu: Vcpu, says: str, serror: int = 0, has_esr: int = 0, abort: int = 0,
     esr: int = 0,
 ) -> None:  # fmt: skip
-    argument = bytearray(_EVENTS.pack(serror, has_esr, abort, esr, *[0] * 12))
-    bench.ioctl("KVM_SET_VCPU_EVENTS", says, vcpu.fd, _SET, argument)
+    argument = bytearray(VCPU_EVENTS.pack(serror, has_esr, abort, esr, *[0] * 12))
+    bench.ioctl("KVM_SET_VCPU_EVENTS", says, vcpu.fd, Ioctl.SET_VCPU_EVENTS, argument)
 
 
 def _get(bench: Bench, vcpu: Vcpu, says: str) -> None:
-    argument = bytearray(_EVENTS.size)
+    argument = bytearray(VCPU_EVENTS.size)
 
     def show(_: int) -> Outcome:
-        serror, has_esr, abort, esr = _EVENTS.unpack(argument)[:4]
+        serror, has_esr, abort, esr = VCPU_EVENTS.unpack(argument)[:4]
         return Outcome(f"serror {serror} esr {has_esr} {esr:#x} abort {abort}")
 
-    bench.ioctl("KVM_GET_VCPU_EVENTS", says, vcpu.fd, _GET, argument, show)
+    bench.ioctl("KVM_GET_VCPU_EVENTS", says, vcpu.fd, Ioctl.GET_VCPU_EVENTS, argument, show)
 
 
 def good_abort_protected(bench: Bench) -> None:
@@ -145,13 +138,17 @@ def good_immediate_exit(bench: Bench) -> None:
 
 
 def bad_debug(bench: Bench) -> None:
-    """KVM_SET_GUEST_DEBUG: a single step, and controls that there are not."""
+    """KVMIoctl.SET_GUEST_DEBUG: a single step, and controls that there are not."""
     for protected in (True, False):
         vm = bench.vm(protected=protected)
         kind = "protected" if protected else "non-protected"
         guest = vm.agent()
         for says, control in (("off", 0), ("single step", 3), ("unknown control", 1 << 30)):
-            argument = bytearray(_DEBUG.pack(control, 0, *[0] * 64))
+            argument = bytearray(GUEST_DEBUG.pack(control, 0, *[0] * 64))
             bench.ioctl(
-                "KVM_SET_GUEST_DEBUG", f"{kind}, {says}", guest.vcpu.fd, _SET_GUEST_DEBUG, argument
+                "KVMIoctl.SET_GUEST_DEBUG",
+                f"{kind}, {says}",
+                guest.vcpu.fd,
+                Ioctl.SET_GUEST_DEBUG,
+                argument,
             )

@@ -199,9 +199,9 @@ def bad_region2_and_dirty_log(bench: Bench) -> None:
         vm = bench.vm(protected=protected)
         kind = "protected" if protected else "non-protected"
         log = bytearray((0).to_bytes(8, "little") + vm.ram.address.to_bytes(8, "little"))
-        bench.ioctl("KVM_GET_DIRTY_LOG", kind, vm.vm.fd, 0x4010_AE42, log)
+        bench.ioctl("KVM_GET_DIRTY_LOG", kind, vm.vm.fd, Ioctl.GET_DIRTY_LOG, log)
         log = bytearray((9).to_bytes(8, "little") + vm.ram.address.to_bytes(8, "little"))
-        bench.ioctl("KVM_GET_DIRTY_LOG", f"{kind}, no slot", vm.vm.fd, 0x4010_AE42, log)
+        bench.ioctl("KVM_GET_DIRTY_LOG", f"{kind}, no slot", vm.vm.fd, Ioctl.GET_DIRTY_LOG, log)
         tss = 0x1000
         bench.ioctl("KVM_SET_TSS_ADDR", f"{kind}, an x86 request", vm.vm.fd, 0xAE47, tss)
         bench.ioctl("unknown request", kind, vm.vm.fd, 0xAEFF)
