@@ -64,6 +64,7 @@ def test_the_report_names_the_back_end(capsys: pytest.CaptureFixture[str]) -> No
     assert "(protected VM, back-end /dev/kvm, dialect upstream)" in text
     assert "Memory that the kernel keeps for the guest: shared 0 KiB, unshared 0 KiB" in text
     assert "private pages: every attempt was refused" in text
+    assert "pages are the host's: they hold what was loaded, so the guest never touched" in text
     for unknown in ("Pages by owner", "Exits to the host", "Hypercalls", "Refusals"):
         assert unknown not in text
 

@@ -245,7 +245,10 @@ def _probe_lines(probes: Probes, *, protected: bool, paint: Paint) -> list[str]:
             "  " + paint("shared pages: every attempt was allowed, with equal content", "good")
         )
     if probes.untouched:
-        lines.append(f"  {probes.untouched} pages are the host's: the guest never touched them")
+        known = "the guest never touched them"
+        if probes.guesses:
+            known = "they hold what was loaded, so the guest never touched them"
+        lines.append(f"  {probes.untouched} pages are the host's: {known}")
     if probes.not_tried:
         lines.append(f"  {probes.not_tried}")
     return lines

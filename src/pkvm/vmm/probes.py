@@ -171,6 +171,11 @@ class Probes:
         """The moments at which attempts were made."""
 
     @property
+    def guesses(self) -> bool:
+        """Whether what the guest never touched is known by its content alone."""
+        return self._private is None
+
+    @property
     def tried(self) -> int:
         """Attempts on private pages."""
         return sum(tally.tried for tally in self.private.values())
