@@ -112,6 +112,14 @@ class Holding(RuleBasedStateMachine):
         self.run_.release(*(self.holds[index] for index in gone))
         self.holds = [hold for index, hold in enumerate(self.holds) if index not in gone]
 
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data(), page=st.integers(0, 15))
+    def give_up(self, data: st.DataObject, page: int) -> None:
+        hold = self.holds[data.draw(st.integers(0, len(self.holds) - 1))]
+        if sum(first <= page < first + npages for first, npages in hold) == 1:
+            self.run_.give_up(hold, page)
+            assert not any(first <= page < first + npages for first, npages in hold)
+
     @precondition(lambda self: self.mapping and len(self.holds) > 2)
     @rule()
     def unmap(self) -> None:

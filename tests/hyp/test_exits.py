@@ -27,6 +27,7 @@ from pkvm.arm64.smccc import Function
 from pkvm.events import GuestExit
 from pkvm.hyp.abi import ExitCode, HostCall, RunResult
 from pkvm.hyp.exits import RULES, ExitClass
+from pkvm.hyp.policy import ANDROID, RFC, Policy
 
 PAGE = 4096
 FILL = 0xA5
@@ -57,6 +58,7 @@ class Trigger(NamedTuple):
     ipa: int = -1
     pc_moves: int = 0
     """How far PC is from the instruction at the exit."""
+    policy: Policy = RFC
 
 
 UART = NOWHERE + FAR_PAGE_OFFSET
@@ -92,6 +94,8 @@ def mmio(size: int, *, write: bool, rt: int = 7) -> Trigger:
 
 
 F = psci.Function
+GIVEN = RAM_IPA + 0x10_0000
+"""A page of a block, for which EL2 needs a table page."""
 TRIGGERS = {
     "wfi": Trigger(ExitClass.WFX, a64.WFI, {}, MODE, 0x07E0_0000),
     "read of a host-handled register": Trigger(
@@ -138,6 +142,11 @@ TRIGGERS = {
         {0: Function.MEM_SHARE, 1: RAM_IPA + 0x10_0000, 2: 1, 3: 0},
         {RunResult.REQ_TYPE: 1, RunResult.REQ_PAGES: 1},
     ),
+    "page given up": Trigger(
+        ExitClass.MEM_RELINQUISH, a64.HVC, {0: Function.MEM_RELINQUISH, 1: GIVEN, 2: 0, 3: 0},
+        {RunResult.X0: Function.MEM_RELINQUISH, RunResult.X1: GIVEN}, 0x5A00_0000,
+        pc_moves=4, policy=ANDROID,
+    ),
     "interrupt": Trigger(ExitClass.IRQ, a64.LOOP, {}, {}),
     "unhandled": Trigger(ExitClass.ILLEGAL, a64.BRK, {}, {}),
 }  # fmt: skip
@@ -148,12 +157,15 @@ class Scene:
 
     def __init__(self, trigger: Trigger) -> None:
         self.trigger = trigger
-        self.el2 = El2(ram_bytes=32 << 20)
+        self.el2 = El2(ram_bytes=32 << 20, policy=trigger.policy)
         vectors = [a64.NOP] * ((VBAR - RAM_IPA) // 4)
         vectors[:2] = [a64.WFI, trigger.instruction]
         vectors += [a64.LOOP] * 0x200
         self.guest = Guest(self.el2, vectors, vcpus=2, block=True, tables=3)
         assert self.guest.run() == ExitCode.TRAP
+        if trigger.kind == ExitClass.MEM_RELINQUISH:
+            page = self.el2.link([self.el2.pages()])
+            self.el2.call(HostCall.TOPUP_MEMCACHE, self.guest.handle, page, 1)
         engine = self.el2.engine
         self.pc = RAM_IPA + 4
         engine.pc = self.pc
@@ -240,6 +252,8 @@ def test_the_host_sees_what_the_class_publishes_and_nothing_else(name: str) -> N
         shown[RunResult.ESR] = trigger.esr
     elif RULES[trigger.kind].esr:
         shown[RunResult.ESR] = one.el2.machine.engine.esr_el2 & ~(0x1F << 5)
+    if trigger.kind == ExitClass.MEM_RELINQUISH:
+        shown[RunResult.X2] = one.guest.ram + GIVEN - RAM_IPA
     code = int(RULES[trigger.kind].code)
     registers = [0, code, *(shown.get(n, 0) for n in range(2, RunResult.COUNT))]
     assert [*one.guest.shown] == registers
@@ -286,6 +300,13 @@ def test_no_exception_where_none_can_be(name: str) -> None:
 def test_increment_pc_alone(name: str) -> None:
     one = scene(name)
     assert one.enter(INCREMENT_PC, secret(90)) == {"PC": (one.pc, one.pc + 4)}
+
+
+def test_giving_up_a_page_succeeds_whatever_the_host_says() -> None:
+    one = scene("page given up")
+    assert one.el2.bus.read(one.guest.ram + GIVEN - RAM_IPA, PAGE) == bytes(PAGE)
+    changes = one.enter(ALL_FLAGS | INCREMENT_PC | PENDING_EXCEPTION, secret(90))
+    assert changes == {"X0": (Function.MEM_RELINQUISH, 0), "X1": (GIVEN, 0)}
 
 
 def test_a_register_read_gets_the_hosts_x0() -> None:

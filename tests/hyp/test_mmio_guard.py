@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fakes import a64
 from fakes.el2_rig import INCREMENT_PC, NOWHERE, PENDING_EXCEPTION, RAM_IPA, El2, Guest
 from pkvm.arm64 import registers as r
-from pkvm.arm64.esr import ISV
+from pkvm.arm64.esr import EC, ISV
 from pkvm.arm64.smccc import INVALID_PARAMETER, NOT_SUPPORTED, Function
 from pkvm.arm64.stage2 import ANNOTATION_MMIO
 from pkvm.hyp.abi import ExitCode, HostCall, HypRequest, RunResult
@@ -48,6 +48,10 @@ class Caller:
         code = self.start(*args)
         while code == ExitCode.HYP_REQ:
             self.guest.feed()
+            code = self.guest.run()
+        if self.guest.ec() == EC.HVC64:
+            # The host is told of a page that it got back.
+            assert self.guest.shown[RunResult.X0] == Function.MEM_RELINQUISH
             code = self.guest.run()
         assert (code, self.guest.ec()) == (ExitCode.TRAP, 1)
         x0, x1, x2, x3 = self.engine.args()

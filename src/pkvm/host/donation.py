@@ -5,7 +5,8 @@ Where a dialect gives a VM all its memory at once, nothing comes here.
 
 A vCPU's fault is served before any other vCPU runs. So a fault on a frame that
 the VM was given already means that the page is gone: taken by force, which ends
-KVM_RUN, or given back by the guest, and then it gets one again.
+KVM_RUN where the dialect has it so. What a guest gave back is forgotten at once
+(`Vm.relinquished`), and it gets a page there as if for the first time.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ _EVENTS = {
 
 
 def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
-    """Serve a PSCI call that EL2 handed over with these results of VCPU_RUN; True if KVM_RUN
+    """Serve a call that EL2 handed over with these results of VCPU_RUN; True if KVM_RUN
     returns with a system event.
 
     Raises KickedError out of a CPU_SUSPEND.
@@ -90,6 +90,8 @@ def protected_call(vcpu: Vcpu, results: tuple[int, ...]) -> bool:
         vcpu.x0 = psci.INVALID_PARAMS
     elif function in _RANDOM:
         guest_services.entropy_for_el2(vcpu.vm.host, vcpu.page)
+    elif function == smccc.Function.MEM_RELINQUISH:
+        vcpu.vm.relinquished(results[RunResult.X1], results[RunResult.X2])
     elif function in _EVENTS:
         vcpu.x0 = psci.INTERNAL_FAILURE
         _system_event(vcpu, *_EVENTS[Function(function)])

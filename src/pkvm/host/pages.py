@@ -174,6 +174,18 @@ class PageRun:
                 first = stop
             self._free(first, end)
 
+    def give_up(self, hold: Hold, page: int) -> None:
+        """A holder needs one page no longer."""
+        for at, (first, npages) in enumerate(hold):
+            if first <= page < first + npages:
+                parts = [(first, page - first), (page + 1, first + npages - page - 1)]
+                hold[at : at + 1] = [part for part in parts if part[1]]
+                break
+        for first, npages in chain.from_iterable(self._holds):
+            if first <= page < first + npages:
+                return
+        self._free(page, page + 1)
+
     def _held(self) -> list[tuple[int, int]]:
         """What is held, as [first, end): sorted, and none overlaps or touches the next."""
         held: list[tuple[int, int]] = []

@@ -172,6 +172,20 @@ class Vm:
             hold = self._pins[run] = run.hold()
         hold.append((first, npages))
 
+    def relinquished(self, ipa: int, pa: int) -> None:
+        """The guest gave up the page at `ipa`, which it had at `pa`: it counts no longer, and gets
+        a page there again as if it never had one."""
+        gfn, pfn = ipa >> PAGE_SHIFT, pa >> PAGE_SHIFT
+        block = gfn & -BLOCK_PAGES
+        if self.donated.get(block, 1) > 1:
+            del self.donated[block]
+            self.donated.update(dict.fromkeys(range(block, block + BLOCK_PAGES), 1))
+        if self.donated.pop(gfn, 0):
+            self.host.memlock.release(1)
+        for run, hold in self._pins.items():
+            if 0 <= pfn - run.pfn < run.npages:
+                run.give_up(hold, pfn - run.pfn)
+
     def has_pinned(self, pa: int) -> bool:
         """Whether the page at `pa` is among the user pages that the protected guest has had."""
         pfn = pa >> PAGE_SHIFT

@@ -27,6 +27,8 @@ What the host does at each exit code of VCPU_RUN (the contract):
     INTERNAL_FAILURE. CPU_SUSPEND, SYSTEM_RESET2: the guest gets X0.
     TRNG_RND32, TRNG_RND64: X1 is the number of bits; answer with X0 = 0 and
     random words in `HostVcpu.ENTROPY`. With any other X0 the guest gets NO_ENTROPY.
+    MEM_RELINQUISH: the guest gave up the page at IPA X1, which is the host's again
+    at PA X2. No answer is taken.
   - DABT (0x24) with ESR.ISV: an MMIO access. ESR without SRT (the register);
     the address is HPFAR's page and FAR[11:0]; SCTLR_EE has EE and E0E; for a
     store X0 is the data, as many bytes as ESR.SAS says, in register order. Set
@@ -96,6 +98,8 @@ class ExitClass(IntEnum):
     """Any but IRQ of a vCPU that is not isolated: not subject to these rules."""
     TRNG = 16
     """TRNG_RND32 and TRNG_RND64."""
+    MEM_RELINQUISH = 17
+    """After the page is the host's."""
 
 
 State = tuple[int, int, int, int, int]
@@ -179,6 +183,10 @@ def _no_return(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, i
     return (INTERNAL_FAILURE, 0, 0, 0)
 
 
+def _done(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, int, int]:
+    return (SUCCESS, 0, 0, 0)
+
+
 def _settled(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int, int, int]:
     return (power.settle_on(vcpu, host_x0), 0, 0, 0)
 
@@ -247,6 +255,7 @@ RULES: dict[ExitClass, Rule] = {
     ExitClass.ILLEGAL: Rule("illegal", ExitCode.ILLEGAL),
     ExitClass.NONPROTECTED: Rule("trap"),
     ExitClass.TRNG: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=_entropy),
+    ExitClass.MEM_RELINQUISH: Rule("hvc", esr=_WHOLE_ESR, arguments=1, answer=_done),
 }
 
 
@@ -378,6 +387,14 @@ class Exits:
         results = [*self.results]
         results[RunResult.X0] = function & _W_MASK
         results[RunResult.X1 : RunResult.X1 + len(shown)] = shown
+        self.results = tuple(results)
+
+    def publish_relinquished(self, vcpu: Vcpu, pa: int) -> None:
+        """Exit to the host for a page that it got back from the guest, at `pa`."""
+        vcpu.exit_function = smccc.Function.MEM_RELINQUISH
+        self.publish_call(vcpu, ExitClass.MEM_RELINQUISH)
+        results = [*self.results]
+        results[RunResult.X2] = pa
         self.results = tuple(results)
 
     def publish_nothing(self, vcpu: Vcpu, kind: ExitClass) -> None:

@@ -116,8 +116,9 @@ class GuestCalls:
         return self._meminfo
 
     def _mem_relinquish(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
-        """The page is the host's again, zeroed; where there is none, nothing happens. Who gives up
-        a page of the firmware has done with it: what comes there later is not filled with it."""
+        """The page is the host's again, zeroed, and the host is told; where there is none, nothing
+        happens. Who gives up a page of the firmware has done with it: what comes there later is not
+        filled with it."""
         if x2 or x3:
             return _INVALID
         vm = vcpu.vm
@@ -125,9 +126,12 @@ class GuestCalls:
             given = self._mem.guest_relinquish_host(vm, x1)
         except Refused as refused:
             return self._refused("mem_relinquish", vcpu, refused)
-        if given is not None and vm.is_firmware(x1):
+        if given is None:
+            return _DONE
+        if vm.is_firmware(x1):
             vm.firmware_loaded = 1
-        return _DONE
+        self._exits.publish_relinquished(vcpu, given)
+        return None
 
     def _mmio_guard_info(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
         if x1 or x2 or x3:
