@@ -14,7 +14,7 @@ from pkvm.arm64.ffa import Function, Registers, Status
 from pkvm.arm64.ffa_memory import Constituent
 from pkvm.check.census import census
 from pkvm.check.firmware_mutants import weakened
-from pkvm.events import SecureMemory, Transition
+from pkvm.events import Event, Message, SecureMemory, Transition
 from pkvm.host.ffa import FfaCallError, FfaDriver
 from pkvm.hyp.abi import HostCall
 from pkvm.hyp.ffa import MAX_BYTES, REFUSED
@@ -189,6 +189,54 @@ def test_without_the_proxys_check_the_secure_world_reads_the_secret() -> None:
         rig.host.message(SP, Command.WRITE, handle, PAGE + 0x140, 1)
         assert rig.machine.memory.read_u64(guest.ram + 0x140) == 1
         assert any("P16" in problem for problem in rig.problems())
+
+
+class Rewriter:
+    """Another CPU of the host's, which rewrites the message at the worst moment: when EL2 has
+    looked at it, and the secure world has not."""
+
+    def __init__(self, rig: Rig, guest: Guest) -> None:
+        record = rig.recorder.record
+
+        def watched(event: Event, /) -> None:
+            record(event)
+            if isinstance(event, Transition) and event.op == "host_share_ffa":
+                rig.bus.write(rig.host.tx, rig.transaction((guest.ram, 1)))
+
+        rig.hyp.mem._record = watched
+
+
+def test_a_message_that_changes_while_it_is_looked_at(rig: Rig) -> None:
+    Rewriter(rig, rig.guest())
+    handle = rig.give((rig.page(0), 1))
+    assert rig.secure.grants.pages() == {rig.page(0) >> 12}
+    rig.sound()
+    rig.host.reclaim(handle)
+    with weakened("a message is read once"):
+        weak = Rig()
+        Rewriter(weak, weak.guest())
+        weak.give((weak.page(0), 1))
+        assert any("P16" in problem for problem in weak.problems())
+
+
+def test_a_guests_page_as_a_buffer() -> None:
+    """EL2 would write there for the host, or read."""
+    doors = Doors()
+    guest = Guest(doors)
+    before = doors.machine.memory.read(guest.ram, PAGE)
+    driver = doors.driver(mapped=False)
+    driver.rx = guest.ram
+    with doors.refused(Status.INVALID_PARAMETERS, "host_state"):
+        driver.map_buffers()
+    with weakened("the host's buffers are the host's"):
+        weak = Doors()
+        guest = Guest(weak)
+        driver = weak.driver(mapped=False)
+        driver.rx = guest.ram
+        driver.map_buffers()
+        driver.call(Function.FFA_PARTITION_INFO_GET)
+        assert weak.machine.memory.read(guest.ram, PAGE) != before
+        assert weak.problems()
 
 
 def raw_share(rig: Rig, guest: Guest, function: int) -> Registers:
@@ -465,6 +513,86 @@ def test_a_secure_world_that_lies_about_what_it_has(rig: Rig) -> None:
     grant.ranges[0] = Constituent(rig.page(0), 1)
     rig.host.reclaim(handle)
     rig.sound()
+
+
+# A secure world that does not keep to the protocol: it is trusted, but EL2 does not fall over it
+
+
+def answers(rig: Rig, function: Function, *answer: int) -> None:
+    """The secure world answers a call of EL2's so from now on, after it has served it."""
+    el3 = rig.machine.firmware.call
+
+    def odd(cpu: object, registers: Registers) -> Registers:
+        result = el3(cpu, registers)  # type: ignore[arg-type]
+        return ffa.registers(*answer) if registers[0] == function else result
+
+    rig.machine.firmware.call = odd  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (Function.FFA_MEM_FRAG_RX, 1, 0x5EC0, 112),
+        (Function.FFA_MEM_FRAG_RX, 0, 0, 0),
+        (Function.FFA_INTERRUPT,),
+        (0,),
+    ],
+)
+def test_strange_answers_to_a_share(rig: Rig, answer: tuple[int, ...]) -> None:
+    """The handle is the one that was really given, or another."""
+    answers(rig, SHARE, *answer)
+    with pytest.raises(FfaCallError) as error:
+        rig.give((rig.page(0), 1))
+    assert error.value.status == Status.ABORTED
+    assert not rig.problems(), "what the secure world may have stays marked"
+    told = answer[1:2] == (1,)
+    assert bool(rig.secure.grants.by_handle) != told
+    assert len(rig.events(Message)) == (not told)
+
+
+def test_success_before_all_fragments_are_there(rig: Rig) -> None:
+    answers(rig, SHARE, Function.FFA_SUCCESS_32, 0, 1, 0x5EC0)
+    data = rig.transaction((rig.page(0), 1), (rig.page(2), 1))
+    with rig.nothing_changes(), pytest.raises(FfaCallError) as error:
+        rig.host.send(data, SHARE, len(data) - 16)
+    assert error.value.status == Status.ABORTED
+
+
+def test_a_secure_world_that_keeps_what_it_refused(rig: Rig) -> None:
+    """Then the pages stay marked: no guest gets them."""
+    _, handle = begin(rig, [(rig.page(0), 1), (rig.page(2), 1)], 1)
+    answers(rig, Function.FFA_MEM_RECLAIM, *ffa.error(Status.DENIED))
+    with pytest.raises(FfaCallError):
+        rig.host.call(Function.FFA_MEM_FRAG_TX, *ffa.handle_words(handle), 8)
+    assert rig.owned(0) == ["0x01"]
+    assert [event.source for event in rig.events(Message)] == ["el2"]
+
+
+@pytest.mark.parametrize(
+    ("function", "answer"),
+    [
+        (Function.FFA_MEM_RETRIEVE_REQ_32, (Function.FFA_SUCCESS_32,)),
+        (Function.FFA_MEM_RETRIEVE_REQ_32, (Function.FFA_MEM_RETRIEVE_RESP, 1 << 31, 4096)),
+        (Function.FFA_MEM_RETRIEVE_REQ_32, (Function.FFA_MEM_RETRIEVE_RESP, 112, 1 << 31)),
+        (Function.FFA_MEM_RETRIEVE_REQ_32, (Function.FFA_MEM_RETRIEVE_RESP, 112, 80)),
+        (Function.FFA_MEM_RETRIEVE_REQ_32, (Function.FFA_MEM_RETRIEVE_RESP, 0, 0)),
+        (Function.FFA_MEM_FRAG_RX, (Function.FFA_MEM_FRAG_TX, 0, 0, 0)),
+        (Function.FFA_MEM_FRAG_RX, (Function.FFA_MEM_FRAG_TX, 0, 0, 1 << 31)),
+        (Function.FFA_MEM_FRAG_RX, (Function.FFA_SUCCESS_32,)),
+        (Function.FFA_MEM_RECLAIM, ffa.error(Status.BUSY)),
+    ],
+)
+def test_strange_answers_to_a_reclaim(
+    rig: Rig, function: Function, answer: tuple[int, ...]
+) -> None:
+    many = rig.pages(600)
+    ranges = [(many + 2 * at * PAGE, 1) for at in range(300)]
+    rig.host.give(ranges, SP)
+    answers(rig, function, *answer)
+    states = rig._states()
+    with pytest.raises(FfaCallError):
+        rig.host.reclaim(next(iter(rig.secure.grants.by_handle)))
+    assert rig._states() == states
 
 
 # Versions, features, buffers

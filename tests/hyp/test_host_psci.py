@@ -142,6 +142,18 @@ def test_what_passes_and_what_does_not() -> None:
     assert doors.machine.firmware.psci.system_state == "reset"
 
 
+def test_without_the_resume_entry_of_el2s_a_cpu_reads_everything() -> None:
+    with weakened("a CPU that wakes enters EL2 first"):
+        doors = Doors()
+        guest = Guest(doors)
+        doors.machine.memory.write(guest.ram + 64, SECRET)
+        cpu = doors.machine.host_cpus.boot
+        doors.smc(Function.CPU_SUSPEND_64, POWER_DOWN, KERNEL, 0)
+        doors.machine.host_cpus.wake(cpu)
+        assert cpu.bus.read(guest.ram + 64, len(SECRET)) == SECRET
+        assert doors.problems()[0].startswith("P15")
+
+
 def test_without_the_entry_of_el2s_a_cpu_reads_everything() -> None:
     """The mutant shows what the relay is for."""
     with weakened("a CPU that starts enters EL2 first"):

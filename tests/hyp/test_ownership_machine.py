@@ -31,8 +31,9 @@ plain_vms = st.integers(2, 3)
 
 
 class Ownership(RuleBasedStateMachine):
-    """`owner[page]`: "host", "hyp", "shared_hyp", "shared_ffa", or (vm index, gfn) of a protected
-    guest; `lent[page]`: the set of (vm index, gfn) of non-protected guests."""
+    """`owner[page]`: "host", "hyp", "shared_hyp", "shared_ffa", "lent_ffa" (the secure world's
+    alone), or (vm index, gfn) of a protected guest; `lent[page]`: the set of (vm index, gfn) of
+    non-protected guests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -310,22 +311,33 @@ class Ownership(RuleBasedStateMachine):
             else:
                 self.relinquish(vm, gfn - GFN)
 
-    @rule(page=offsets, nr=sizes, share=st.booleans())
-    def secure_world(self, page: int, nr: int, share: bool) -> None:
+    @rule(page=offsets, nr=sizes, share=st.booleans(), lend=st.booleans())
+    def secure_world(self, page: int, nr: int, share: bool, lend: bool) -> None:
         pages = range(page, page + nr)
         if page + nr > PAGES:
             return
+        given = "lent_ffa" if lend else "shared_ffa"
         if share:
-            expected, call = self.host_owns(page, nr), self.mem.host_share_ffa
+            expected = self.host_owns(page, nr)
+            call = self.mem.host_donate_ffa if lend else self.mem.host_share_ffa
         else:
-            expected = all(self.owner[at] == "shared_ffa" for at in pages)
-            call = self.mem.host_unshare_ffa
+            expected = all(self.owner[at] == given for at in pages)
+            call = self.mem.host_reclaim_ffa if lend else self.mem.host_unshare_ffa
         if expected:
-            self.owner.update(dict.fromkeys(pages, "shared_ffa" if share else "host"))
+            self.owner.update(dict.fromkeys(pages, given if share else "host"))
             self.rig.secure = {
-                self.first + at for at, owner in self.owner.items() if owner == "shared_ffa"
+                self.first + at
+                for at, owner in self.owner.items()
+                if owner in ("shared_ffa", "lent_ffa")
             }
         self.attempt(expected, call, self.first + page, nr)
+
+    @rule(index=st.integers(0, 2000), nr=st.sampled_from([1, 1, 2, 64]), lend=st.booleans())
+    def secure_world_returns(self, index: int, nr: int, lend: bool) -> None:
+        given = "lent_ffa" if lend else "shared_ffa"
+        mine = sorted(page for page, owner in self.owner.items() if owner == given)
+        if mine:
+            self.secure_world(mine[index % len(mine)], nr, share=False, lend=lend)
 
     @rule(vm=plain_vms, offset=offsets, nr=st.sampled_from([1, 512]), what=st.integers(0, 2))
     def attributes(self, vm: int, offset: int, nr: int, what: int) -> None:
@@ -372,7 +384,7 @@ class Ownership(RuleBasedStateMachine):
     def touch(self, page: int) -> None:
         """The host loads and stores, the device too; both agree with the model."""
         pa = (self.first + page) << 12
-        may = isinstance(self.owner[page], str) and self.owner[page] != "hyp"
+        may = isinstance(self.owner[page], str) and self.owner[page] not in ("hyp", "lent_ffa")
         may |= page in self.shared
         for bus in (self.rig.host_bus, self.rig.dma_bus):
             assert self.reaches(bus, pa) == may
@@ -391,7 +403,10 @@ class Ownership(RuleBasedStateMachine):
         self.rig.sound()
         counted = census(self.mem, self.rig.vms)
         assert (
-            sum(counted.host.values()) + sum(counted.hyp.values()) + sum(counted.guest.values())
+            sum(counted.host.values())
+            + sum(counted.hyp.values())
+            + sum(counted.guest.values())
+            + counted.secure
             == counted.total
         )
         mine: list[RigVm] = self.vms

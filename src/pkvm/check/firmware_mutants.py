@@ -15,8 +15,9 @@ from unittest.mock import patch
 from pkvm.arm64 import registers
 from pkvm.arm64.psci import Function
 from pkvm.hyp import ffa, ffa_memory, host_smc, hypervisor
+from pkvm.hyp.ffa_buffers import FfaBuffers
 from pkvm.hyp.ffa_memory import SecureSharing
-from pkvm.hyp.host_psci import PsciRelay
+from pkvm.hyp.host_psci import PsciRelay, Wish
 from pkvm.machine.host_cpus import HostCpu
 
 Install = Callable[[ExitStack], None]
@@ -56,6 +57,32 @@ def _hosts_entry(stack: ExitStack) -> None:
     stack.enter_context(patch.object(PsciRelay, "_cpu_on", cpu_on))
 
 
+def _hosts_resume_entry(stack: ExitStack) -> None:
+    """Likewise for the entry at which a CPU wakes."""
+
+    def suspend(
+        self: PsciRelay, cpu: HostCpu, wish: Wish, function: int, *state: int
+    ) -> int | None:
+        return self._firmware(cpu, function, *state, wish.pc, wish.x0)
+
+    stack.enter_context(patch.object(PsciRelay, "_suspend", suspend))
+
+
+def _any_buffers(stack: ExitStack) -> None:
+    """The host's word for where its buffers are is enough."""
+    for name in ("_share", "_unshare"):
+        stack.enter_context(patch.object(FfaBuffers, name, lambda self, pa: None))
+
+
+def _message_read_twice(stack: ExitStack) -> None:
+    """What the secure world gets is read from the host's buffer once more."""
+
+    def send(self: FfaBuffers, data: bytes) -> None:
+        self._memory.write(self.tx, self._memory.read(self.host[0], len(data)))
+
+    stack.enter_context(patch.object(FfaBuffers, "send", send))
+
+
 def _later_fragments_pass(stack: ExitStack) -> None:
     """Only a first fragment's ranges are looked at."""
     stack.enter_context(patch.object(ffa, "more_ranges", lambda data: []))
@@ -67,6 +94,9 @@ FIRMWARE_MUTANTS: dict[str, Install] = {
     ),
     "a function id is canonical": _set(host_smc, "is_canonical", lambda x0, immediate: True),
     "a CPU that starts enters EL2 first": _hosts_entry,
+    "a CPU that wakes enters EL2 first": _hosts_resume_entry,
+    "the host's buffers are the host's": _any_buffers,
+    "a message is read once": _message_read_twice,
     "the secure world is given what the host owns": _no_ownership,
     "every fragment is looked at": _later_fragments_pass,
     "memory is given by calls that EL2 follows": _set(ffa, "REFUSED", frozenset()),

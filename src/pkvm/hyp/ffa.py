@@ -267,33 +267,39 @@ class FfaProxy:
             sent.handle = ffa.handle_of(answer[1], answer[2])
             self._pending = sent
             return answer
-        if ffa.status_of(answer) is None:
+        refused = ffa.status_of(answer) is not None
+        if not refused:
             handle = 2 if function == Function.FFA_SUCCESS_32 else 1
             sent.handle = ffa.handle_of(*answer[handle : handle + 2])
-        self._give_up(cpu, sent)
-        return answer if ffa.status_of(answer) is not None else ffa.error(Status.ABORTED)
+        self._give_up(cpu, sent, refused=refused)
+        return answer if refused else ffa.error(Status.ABORTED)
 
-    def _give_up(self, cpu: HostCpu, sent: Pending) -> None:
-        """Take a transaction back that is not complete. What the secure world will not let go of
-        stays given."""
+    def _give_up(self, cpu: HostCpu, sent: Pending, *, refused: bool = False) -> bool:
+        """Take a transaction back that is not complete, and which the secure world `refused`
+        itself or not. What it does not let go of stays given: then False."""
         if sent is self._pending:
             self._pending = None
+        gone = refused
         if sent.handle:
             words = ffa.handle_words(sent.handle)
             answer = self._el3(cpu, ffa.registers(Function.FFA_MEM_RECLAIM, *words))
-            if ffa.status_of(answer) not in (None, Status.INVALID_PARAMETERS):
-                why = f"the secure world keeps {len(sent.ranges)} ranges: they stay given"
-                self._record(Message("el2", why))
-                return
-        self._sharing.take_back(sent.ranges)
+            if answer[0] & W_MASK == Function.FFA_SUCCESS_32:
+                gone = True
+            elif ffa.status_of(answer) != Status.INVALID_PARAMETERS:
+                gone = False
+        if gone:
+            self._sharing.take_back(sent.ranges)
+            return True
+        why = f"the secure world may keep {len(sent.ranges)} ranges: they stay given"
+        self._record(Message("el2", why))
+        return False
 
     def _reclaim(self, cpu: HostCpu, x: Registers) -> Registers:
         handle, flags = ffa.handle_of(x[1], x[2]), x[3] & W_MASK
         words = ffa.handle_words(handle)
         pending = self._pending
         if pending is not None and pending.handle == handle:
-            self._give_up(cpu, pending)
-            return ffa.success()
+            return ffa.success() if self._give_up(cpu, pending) else ffa.error(Status.DENIED)
         ranges = self._describe(cpu, handle)
         self._sharing.check_given(ranges)
         answer = self._ask(cpu, Function.FFA_MEM_RECLAIM, *words, flags)
