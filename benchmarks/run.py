@@ -14,7 +14,7 @@ import sys
 
 from common import Result, Unavailable, limit_pairs
 
-MODULES = ("start", "exits", "enable", "ownership", "hyp", "recorder", "linux", "compare")
+MODULES = ("start", "exits", "enable", "ownership", "hyp", "dma", "recorder", "linux", "compare")
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ CMD_SYNC for good, so that two words and one register write are an invalidation.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ QUEUE_PAGES = 2
 SMMU_PAGES = 1 + QUEUE_PAGES
 """Pages that EL2 needs for it."""
 _make = tuple.__new__
+_command = struct.Struct("<QQ")
 
 
 class SmmuRecord(NamedTuple):
@@ -79,6 +81,7 @@ class SmmuDriver:
         """How often events were lost because nobody took them."""
         self._read, self._write = self.window.read, self.window.write
         self._words = memory.words
+        self._octets = memory.words.cast("B")
         self._record = recorder.record
         self._table, self._commands, self._events = (pool.alloc_aligned(1) for _ in range(3))
         self._first_ste = (self._table - memory.ram_base) >> 3
@@ -137,9 +140,8 @@ class SmmuDriver:
         """TLBI of one page of a VMID, and wait until it is done."""
         prod = self._prod
         at = self._first_command + ((prod & _COMMAND_MASK) << 1)
-        words = self._words
-        words[at] = _TLBI_S2_IPA | vmid << COMMAND_VMID_SHIFT
-        words[at + 1] = ipa | TLBI_LEAF
+        word = _TLBI_S2_IPA | vmid << COMMAND_VMID_SHIFT
+        _command.pack_into(self._octets, at << 3, word, ipa | TLBI_LEAF)
         self._prod = prod = prod + 2 & _COMMAND_WRAP
         self._write(_PROD, 4, prod)
         if self._read(_CONS, 4) != prod:

@@ -186,8 +186,9 @@ class Smmu:
 
     def _read(self, offset: int, size: int) -> int:
         if offset == _CMDQ_CONS and size == 4:
-            return self._words[_CMDQ_CONS]  # what software polls
+            return self._commands.cons  # what software polls
         with self._lock:
+            self._commands.show()
             return self._registers.read(offset, size)
 
     def _write(self, offset: int, size: int, value: int) -> None:
@@ -199,13 +200,15 @@ class Smmu:
                 self._drop()
             return
         with self._lock:
+            self._commands.show()
             before = self._words[Reg.CR0]
             written = self._registers.write(offset, size, value)
             if Reg.CR0 in written:
                 self._switch(before ^ self._words[Reg.CR0])
             elif Reg.GBPA in written:
                 self._unbind_all()
-            elif Reg.CMDQ_PROD in written:
+            elif Reg.CMDQ_PROD in written or Reg.CMDQ_CONS in written:
+                self._commands.cons = self._words[_CMDQ_CONS]
                 self._ring(self._words[_CMDQ_PROD])
             elif Reg.GERRORN in written:
                 self._commands.resume()

@@ -62,13 +62,18 @@ class CommandQueue:
         self._memory = memory
         self._memory_words = memory.words
         self._registers = registers
-        self._words = registers.words
         self._caches = caches
         self._tlbs = caches.tlbs
         self._area: QueueArea | None = None
         self._runs = False
         """Whether it is on, in RAM, and not stopped by an error."""
         self._first = self._mask = self._wrap = 0
+        self.prod = self.cons = 0
+        """CMDQ_PROD and CMDQ_CONS; in `registers` they are as of the last `show`."""
+
+    def show(self) -> None:
+        """Bring CMDQ_PROD and CMDQ_CONS in the registers up to date."""
+        self._registers.words[_PROD], self._registers.words[_CONS] = self.prod, self.cons
 
     def enable(self, enabled: bool) -> None:
         """CR0.CMDQEN was written."""
@@ -85,42 +90,42 @@ class CommandQueue:
         is_stopped = bool(self._registers.active_errors & GERROR_CMDQ_ERR)
         self._runs = area is not None and area.first is not None and not is_stopped
         if self._runs:
-            self.ring(self._words[_PROD])
+            self.ring(self.prod)
         elif area is not None and not is_stopped:
-            cons = self._words[_CONS] & area.wrap
-            if cons != self._words[_PROD] & area.wrap:
+            cons = self.cons & area.wrap
+            if cons != self.prod & area.wrap:
                 self._fail(cons, CommandError.ABT)
 
     def ring(self, prod: int) -> None:
         """CMDQ_PROD was written: execute commands up to it, or to the first bad one. A TLBI of a
         page and a SYNC are what software issues most, and are spelt out here."""
-        registers = self._words
-        registers[_PROD] = prod
+        self.prod = prod
         if not self._runs:
             if self._area is not None and self._area.first is None:
                 self.resume()
             return
-        words, first, mask, wrap = self._memory_words, self._first, self._mask, self._wrap
-        cons = registers[_CONS] & wrap
+        words, wrap = self._memory_words, self._wrap
+        cons = self.cons & wrap
         prod &= wrap
         while cons != prod:
-            at = first + ((cons & mask) << 1)
+            at = self._first + ((cons & self._mask) << 1)
             word = words[at]
-            opcode = word & COMMAND_OPCODE
-            if opcode == _TLBI_S2_IPA:
-                tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
-                if tlb is not None:
-                    if tlb.has_blocks:
-                        tlb.forget(words[at + 1] & TLBI_ADDRESS)
-                    else:
-                        page = words[at + 1] >> PAGE_SHIFT
-                        tlb.load_pages.pop(page, None)
-                        tlb.store_pages.pop(page, None)
-            elif word != _SYNC and not self._execute(opcode, word, words[at + 1]):
-                self._fail(cons, CommandError.ILL)
-                return
+            if word != _SYNC:
+                opcode = word & COMMAND_OPCODE
+                if opcode == _TLBI_S2_IPA:
+                    tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
+                    if tlb is not None:
+                        if tlb.has_blocks:
+                            tlb.forget(words[at + 1] & TLBI_ADDRESS)
+                        else:
+                            page = words[at + 1] >> PAGE_SHIFT
+                            tlb.load_pages.pop(page, None)
+                            tlb.store_pages.pop(page, None)
+                elif not self._execute(opcode, word, words[at + 1]):
+                    self._fail(cons, CommandError.ILL)
+                    return
             cons = cons + 1 & wrap
-        registers[_CONS] = cons
+        self.cons = cons
 
     def _execute(self, opcode: int, word: int, more: int) -> bool:
         """Any command; False if there is no such one."""
@@ -145,7 +150,7 @@ class CommandQueue:
         return True
 
     def _fail(self, cons: int, error: CommandError) -> None:
-        self._words[_CONS] = cons | error << CONS_ERR_SHIFT
+        self.cons = cons | error << CONS_ERR_SHIFT
         self._registers.raise_error(GERROR_CMDQ_ERR)
         self._runs = False
 
