@@ -68,6 +68,19 @@ def test_no_qemu(tmp_path: Path) -> None:
     assert "there is no program nope" in fails("--qemu", "nope")
 
 
+@pytest.mark.linux
+def test_a_doubtful_qemu_is_warned_of(tmp_path: Path) -> None:
+    """It only answers for its version: then it ends."""
+    qemu = tmp_path / "qemu"
+    qemu.write_text("#!/bin/sh\necho QEMU emulator version 7.2.22\n")
+    qemu.chmod(0o755)
+    done = pkvm("--quiet", "--cpu", "max", "--qemu", str(qemu))
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("pkvm: warning: QEMU 7.2 with the VHE CPU model max may not wipe")
+    assert error.startswith("pkvm: error: the emulated machine is gone: QEMU ended with status 0")
+    assert done.returncode == status.FAILED
+
+
 def test_no_network(tmp_path: Path) -> None:
     mirror = "http://127.0.0.1:9/debian"
     said = fails("make", PKVM_CACHE=str(tmp_path), PKVM_DEBIAN_MIRROR=mirror)

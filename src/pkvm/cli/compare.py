@@ -16,8 +16,7 @@ from pkvm.check.explanations import EXPLANATIONS
 from pkvm.check.scenarios import TOPICS, record, runner
 from pkvm.check.scenarios.observation import Observation
 from pkvm.check.scenarios.record import Record, RecordError
-from pkvm.cli import options, status, terminal
-from pkvm.testbed.bed import TestBed
+from pkvm.cli import bed_options, options, status, terminal
 from pkvm.testbed.ssh import SshBed
 
 DEFAULT_SECONDS = 60.0
@@ -44,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--ssh", metavar="USER@HOST", help="the kernel of another arm64 machine, as root"
     )
+    bed_options.add_options(parser, {})
     parser.add_argument(
         "--topic", action="append", metavar="NAME", help="compare this topic alone; may be repeated"
     )
@@ -87,7 +87,12 @@ def execute(args: argparse.Namespace) -> int:
 def _other_side(args: argparse.Namespace, topics: list[str]) -> Record:
     """The run to compare with. Raises RecordError, BedError, OSError."""
     if args.testbed or args.ssh is not None:
-        with TestBed() if args.testbed else SshBed(args.ssh) as bed:
+        words = bed_options.Words(quiet=not sys.stderr.isatty())
+        made = (
+            bed_options.emulated(args, words) if args.testbed else SshBed(args.ssh, progress=words)
+        )
+        with made as bed:
+            words.done()
             return bed_run.run(bed, topics, seconds=args.seconds, progress=_pass_on)
     if args.backend is not None:
         with pkvm.open(args.backend) as kvm:

@@ -14,17 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pkvm.cli import options, status, terminal
+from pkvm.cli import bed_options, options, status, terminal
 from pkvm.cli.keys import DEFAULT_ESCAPE, Command, Keys, key_name
 from pkvm.cli.session import RawMode
-from pkvm.testbed import qemu
 from pkvm.testbed.base import Bed, BedError, Terminal
-from pkvm.testbed.bed import TestBed
 from pkvm.testbed.ssh import SshBed
-from pkvm.testbed.store import KERNEL, Store
+from pkvm.testbed.store import Store
 from pkvm.vmm.errors import LoadError
 
-MIB = 1 << 20
 ACTIONS = {
     "check": "start it and say what it is (what is done if nothing is said)",
     "run": "run a command in it; its exit status is this one's",
@@ -48,47 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser, default: dict[str, Any]) -> None:
-    group = parser.add_argument_group("machine")
-    machine = qemu.Machine()
-    group.add_argument(
-        "--kernel",
-        metavar="NAME",
-        help=f"a Debian series or the path of an arm64 Image (default {KERNEL})",
-        **({"default": KERNEL} | default),
-    )
-    group.add_argument(
-        "--qemu",
-        metavar="PROGRAM",
-        help=f"another QEMU (default {machine.program})",
-        **({"default": machine.program} | default),
-    )
-    group.add_argument(
-        "--cpu",
-        metavar="MODEL",
-        help=f"QEMU's CPU model (default {machine.cpu})",
-        **({"default": machine.cpu} | default),
-    )
-    group.add_argument(
-        "--smp",
-        metavar="N",
-        type=int,
-        help=f"CPUs (default {machine.cpus})",
-        **({"default": machine.cpus} | default),
-    )
-    group.add_argument(
-        "--memory",
-        metavar="SIZE",
-        type=options.size,
-        help=f"RAM (default {machine.memory}M)",
-        **({"default": machine.memory * MIB} | default),
-    )
-    group.add_argument(
-        "--append",
-        metavar="WORDS",
-        help="more for the kernel's command line",
-        **({"default": ""} | default),
-    )
-    group.add_argument(
+    bed_options.add_options(parser, default)
+    parser.add_argument(
         "--ssh",
         metavar="USER@HOST",
         help="use this arm64 machine instead of an emulated one",
@@ -135,7 +93,7 @@ def execute(args: argparse.Namespace) -> int:
         raise LoadError("say which command to run (see pkvm testbed run --help)")
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGHUP, _terminate)
-    show = _Progress(quiet=args.quiet)
+    show = bed_options.Words(quiet=args.quiet)
     if args.action in ("make", "clean"):
         if args.ssh is not None:
             raise LoadError(f"{args.action} is for emulated machines: leave --ssh out")
@@ -165,15 +123,8 @@ def execute(args: argparse.Namespace) -> int:
 def _bed(args: argparse.Namespace, show: Callable[[str], None], files: dict[str, bytes]) -> Bed:
     if args.ssh is not None:
         return SshBed(args.ssh, progress=show)
-    machine = qemu.Machine(args.qemu, args.cpu, args.smp, args.memory // MIB)
-    return TestBed(
-        machine,
-        kernel=args.kernel,
-        append=args.append,
-        files=files,
-        progress=show,
-        on_console=_to_stderr if args.log else None,
-    )
+    on_console = _to_stderr if args.log else None
+    return bed_options.emulated(args, show, files=files, on_console=on_console)
 
 
 def _run(args: argparse.Namespace, bed: Bed, files: dict[str, bytes]) -> int:
@@ -252,31 +203,6 @@ def _shell(bed: Bed) -> int:
         return bed.shell(Terminal(fd, size.lines, size.columns, read, terminal.write))
     finally:
         raw.leave()
-
-
-class _Progress:
-    """Words on stderr of what is being done: on a terminal each in the place of the last."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._here = sys.stderr.isatty()
-        self._open = False
-
-    def __call__(self, words: str) -> None:
-        if words.startswith("warning:"):
-            self.done()
-            print(f"pkvm: {words}", file=sys.stderr, flush=True)
-        elif self._here and not self._quiet:
-            print(f"\r\x1b[Kpkvm: {words}", end="", file=sys.stderr, flush=True)
-            self._open = True
-        elif not self._quiet:
-            print(f"pkvm: {words}", file=sys.stderr, flush=True)
-
-    def done(self) -> None:
-        """No more for now."""
-        if self._open:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            self._open = False
 
 
 def _to_stderr(data: bytes) -> None:
