@@ -19,6 +19,21 @@ def compare(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return status, out, err
 
 
+def test_the_model_agrees_with_the_stock_kernel_but_for_what_is_explained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, _ = compare(capsys, "--json")
+    facts = json.loads(out)
+    assert facts["unexplained"] == []
+    assert facts["stale"] == []
+    assert status == 0
+    assert facts["observations"] >= 3200
+    assert len(facts["explained"]) <= 0.05 * facts["observations"]
+    assert list(facts["topics"]) == list(TOPICS)
+    assert min(sum(counts.values()) for counts in facts["topics"].values()) >= 10
+    assert all(row["reason"] for row in facts["explained"])
+
+
 def test_one_topic_against_the_record(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     picture, kept = tmp_path / "table.svg", tmp_path / "kept.json"
     status, out, _ = compare(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,14 @@ def _text(comparison: Comparison, theirs: Record) -> str:
     lines.append(_row("all", comparison, None))
     share = comparison.count(Verdict.EXPLAINED) / max(1, len(comparison.judged))
     lines += ["", f"{len(comparison.judged)} observations, {share:.1%} of them explained."]
-    explained = [one for one in comparison.judged if one.explanation is not None]
-    for explanation in dict.fromkeys(one.explanation for one in explained if one.explanation):
-        count = sum(one.explanation is explanation for one in explained)
-        lines.append(f"  {count} explained: {explanation.reason} ({explanation.source})")
+    reasons = Counter(one.explanation.reason for one in comparison.judged if one.explanation)
+    sources = {
+        one.explanation.reason: one.explanation.source
+        for one in comparison.judged
+        if one.explanation
+    }
+    for reason, count in reasons.most_common():
+        lines.append(f"  {count:>3}  {reason} ({sources[reason]})")
     for pair in comparison.unexplained():
         row = pair.question
         model, kernel = pair.words()

@@ -32,6 +32,8 @@ from pkvm.uapi.kvm import (
     IrqType,
 )
 
+_FIQ = 1
+"""Of `IrqType.CPU`; 0 is the IRQ input."""
 _IRQFD_FLAGS = int(IrqfdFlag.DEASSIGN | IrqfdFlag.RESAMPLE)
 
 
@@ -132,12 +134,17 @@ def _irq_line(vm: Vm, argument: Argument) -> int:
 
     Raises ENXIO for an SPI or PPI of a VM without an interrupt controller, EBUSY while that is
     not initialised, EINVAL for what there is not. A vCPU's own inputs (`IrqType.CPU`) are not
-    for the host to drive: ENXIO with an interrupt controller, EINVAL without.
+    for the host to drive: ENXIO with an interrupt controller, EINVAL without; where Linux would
+    take them for a protected VM nothing comes of it, there as here.
     """
     number, level = IRQ_LEVEL.unpack(argument.read(IRQ_LEVEL.size))
     kind, intid = number >> 24 & 0xF, number & 0xFFFF
     vcpu = vm.vcpus.get((number >> 28) << 8 | number >> 16 & 0xFF)
     gic = vm.gic
+    if kind == IrqType.CPU and gic is None and vm.protected and vm.host.policy.shows_cpu:
+        if vcpu is None or intid > _FIQ:
+            raise OSError(errno.EINVAL, f"input {number:#x} is none of a vCPU's")
+        return 0
     if kind not in (IrqType.SPI, IrqType.PPI) and (gic is None or kind != IrqType.CPU):
         raise OSError(errno.EINVAL, f"interrupt {number:#x} is neither an SPI nor a PPI")
     if gic is None or kind == IrqType.CPU:

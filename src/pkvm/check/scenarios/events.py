@@ -146,7 +146,7 @@ def bad_debug(bench: Bench) -> None:
         for says, control in (("off", 0), ("single step", 3), ("unknown control", 1 << 30)):
             argument = bytearray(GUEST_DEBUG.pack(control, 0, *[0] * 64))
             bench.ioctl(
-                "KVMIoctl.SET_GUEST_DEBUG",
+                "KVM_SET_GUEST_DEBUG",
                 f"{kind}, {says}",
                 guest.vcpu.fd,
                 Ioctl.SET_GUEST_DEBUG,
