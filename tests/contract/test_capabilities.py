@@ -126,7 +126,6 @@ OURS: dict[str, Numbers] = {
     "ARM_NISV_TO_USER": (0, 0, 0),
     "ARM_SEA_TO_USER": (0, 0, 0),
     # Migration: dirty logs, counter offsets, ID registers that can be written.
-    "MANUAL_DIRTY_LOG_PROTECT2": (0, 0, 0),
     "DIRTY_LOG_RING_ACQ_REL": (0, 0, 0),
     "DIRTY_LOG_RING_WITH_BITMAP": (0, 0, 0),
     "COUNTER_OFFSET": (0, 0, 0),

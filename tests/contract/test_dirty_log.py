@@ -142,6 +142,63 @@ def test_what_the_kernel_writes_for_the_guest_is_in_the_log() -> None:
         made.check()
 
 
+def bits(made: Logged) -> set[int]:
+    """The log, asked for."""
+    assert made.request() == 0
+    found = int.from_bytes(made.bitmap.read(0, PAGES // 8), "little")
+    return {page for page in range(PAGES) if found >> page & 1}
+
+
+def clear(made: Logged, first: int, npages: int, pages: set[int], slot: int = SLOT) -> int:
+    """KVM_CLEAR_DIRTY_LOG of `pages` among [first, first + npages); the errno."""
+    bitmap = sum(1 << page - first for page in pages)
+    made.bitmap.write(0, bitmap.to_bytes(PAGES // 8, "little"))
+    argument = bytearray(uapi.CLEAR_DIRTY_LOG.pack(slot, npages, first, made.bitmap.address))
+    return errno_of(made.kvm.kernel.ioctl, made.vm.fd, uapi.Ioctl.CLEAR_DIRTY_LOG, argument)
+
+
+@pytest.mark.parametrize("misalign", [False, True], ids=["blocks", "pages"])
+def test_a_log_that_is_cleared_by_hand(misalign: bool) -> None:
+    cap = uapi.Cap.MANUAL_DIRTY_LOG_PROTECT2
+    with logged(misalign=misalign) as made:
+        for value in (2, 4, 1 << 63):
+            assert errno_of(made.vm.enable_cap, cap, 0, (value,)) == errno.EINVAL
+        assert errno_of(made.vm.enable_cap, cap, 1, (1,)) == errno.EINVAL
+        made.vm.enable_cap(cap, 0, (uapi.DIRTY_LOG_MANUAL_PROTECT_ENABLE,))
+        made.log(True)
+        for page in (0, 70, 600):
+            made.store(page, 1)
+        assert bits(made) == bits(made) == {0, 70, 600}
+        assert clear(made, 64, 64, {70, 71}) == 0
+        assert bits(made) == {0, 600}
+        made.store(70, 2)
+        made.store(71, 2)
+        assert bits(made) == {0, 70, 71, 600}
+        assert clear(made, 576, PAGES - 576, {600}) == clear(made, 0, 64, set()) == 0
+        assert bits(made) == {0, 70, 71}
+        for first, npages in ((1, 64), (0, 63), (64, PAGES), (PAGES + 64, 0), ((1 << 63), 64)):
+            assert clear(made, first, npages, set()) == errno.EINVAL
+        for slot in (1, 9):
+            assert clear(made, 0, 64, set(), slot) == errno.ENOENT
+        assert check_hyp(made.system.hyp) == []
+
+
+@pytest.mark.parametrize("misalign", [False, True], ids=["blocks", "pages"])
+def test_a_log_that_begins_with_every_page(misalign: bool) -> None:
+    both = uapi.DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.DIRTY_LOG_INITIALLY_SET
+    with logged(misalign=misalign) as made:
+        made.store(5, 1)
+        made.vm.enable_cap(uapi.Cap.MANUAL_DIRTY_LOG_PROTECT2, 0, (both,))
+        made.log(True)
+        assert bits(made) == set(range(PAGES))
+        assert clear(made, 0, PAGES, set(range(10, PAGES))) == 0
+        assert bits(made) == set(range(10))
+        for page in (5, 11, 513):
+            made.store(page, 2)
+        assert bits(made) == {*range(10), 11, 513}
+        assert check_hyp(made.system.hyp) == []
+
+
 TOUCHED = (0, 1, 511, 512)
 acts = st.one_of(
     st.tuples(st.sampled_from(["load", "store", "store"]), st.sampled_from(TOUCHED)),

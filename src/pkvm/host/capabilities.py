@@ -12,11 +12,21 @@ from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.vm import Vm
 from pkvm.hyp.abi import MAX_VCPUS
 from pkvm.uapi.dialects import Firmware
-from pkvm.uapi.kvm import ENABLE_CAP, MEM_SLOTS_NUM, Cap
+from pkvm.uapi.kvm import (
+    DIRTY_LOG_INITIALLY_SET,
+    DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    ENABLE_CAP,
+    MEM_SLOTS_NUM,
+    Cap,
+)
 
 _MAX_U32 = (1 << 32) - 1
 _ONLY_OF_A_VM = (Cap.MSI_DEVID, Cap.ARM_CACHEABLE_PFNMAP_SUPPORTED)
 
+_MANUAL = (
+    0, DIRTY_LOG_MANUAL_PROTECT_ENABLE, DIRTY_LOG_MANUAL_PROTECT_ENABLE | DIRTY_LOG_INITIALLY_SET,
+)  # fmt: skip
+"""How a VM's dirty logs may be cleared."""
 _CAPS: Mapping[int, int] = {
     Cap.USER_MEMORY: 1,
     Cap.NR_VCPUS: 1,
@@ -39,6 +49,7 @@ _CAPS: Mapping[int, int] = {
     Cap.MAX_VCPU_ID: MAX_VCPUS,
     Cap.IMMEDIATE_EXIT: 1,
     Cap.ARM_VM_IPA_SIZE: IPA_BITS,
+    Cap.MANUAL_DIRTY_LOG_PROTECT2: DIRTY_LOG_MANUAL_PROTECT_ENABLE | DIRTY_LOG_INITIALLY_SET,
     Cap.HALT_POLL: 1,
     Cap.SYSTEM_EVENT_DATA: 1,
     Cap.USER_MEMORY2: 1,
@@ -83,6 +94,9 @@ def enable(vm: Vm, argument: Argument) -> int:
     cap, flags, *args = ENABLE_CAP.unpack(argument.read(ENABLE_CAP.size))
     host = vm.host
     if cap == Cap.HALT_POLL and not flags and args[0] <= _MAX_U32:
+        return 0
+    if cap == Cap.MANUAL_DIRTY_LOG_PROTECT2 and not flags and args[0] in _MANUAL:
+        vm.manual_dirty_log = args[0]
         return 0
     if cap != host.dialect.capability:
         raise OSError(errno.EINVAL, f"capability {cap} cannot be enabled")

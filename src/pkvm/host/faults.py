@@ -35,7 +35,7 @@ def share(vm: Vm, slot: Slot, ipa: int, *, write: bool = False) -> None:
     write = write and not slot.readonly
     gfn = ipa >> PAGE_SHIFT
     log = vm.dirty_logs.get(slot.number)
-    known = _known(vm, gfn)
+    known = vm.lent_at(gfn)
     if known is not None and log is not None and vm.shared[known].npages > 1:
         # A log is of pages: the block goes, and comes back page by page.
         vm.unshare(known, _BLOCK_PAGES)
@@ -55,15 +55,6 @@ def share(vm: Vm, slot: Slot, ipa: int, *, write: bool = False) -> None:
 
 def _fits(slot: Slot, block: int) -> bool:
     return slot.ipa <= block and block + _BLOCK <= slot.end
-
-
-def _known(vm: Vm, gfn: int) -> int | None:
-    """The first gfn of the mapping that has `gfn`."""
-    if gfn in vm.shared:
-        return gfn
-    first = gfn & -_BLOCK_PAGES
-    around = vm.shared.get(first)
-    return first if around is not None and around.npages == _BLOCK_PAGES else None
 
 
 def _share_block(vm: Vm, slot: Slot, block: int) -> bool:

@@ -22,6 +22,7 @@ from pkvm.host.vcpu import Vcpu
 from pkvm.host.vm import Vm
 from pkvm.uapi.kvm import (
     API_VERSION,
+    CLEAR_DIRTY_LOG,
     DIRTY_LOG,
     MEMORY_REGION,
     MEMORY_REGION2_BYTES,
@@ -128,6 +129,7 @@ class VmFile:
             Ioctl.SET_USER_MEMORY_REGION: self._set_user_memory_region,
             Ioctl.SET_USER_MEMORY_REGION2: self._set_user_memory_region2,
             Ioctl.GET_DIRTY_LOG: self._get_dirty_log,
+            Ioctl.CLEAR_DIRTY_LOG: self._clear_dirty_log,
             Ioctl.ENABLE_CAP: partial(capabilities.enable, vm),
             Ioctl.ARM_SET_DEVICE_ADDR: self._set_device_addr,
             Ioctl.ARM_PREFERRED_TARGET: self._preferred_target,
@@ -166,6 +168,12 @@ class VmFile:
         """KVM_GET_DIRTY_LOG (KVM API 4.8)."""
         number, _, address = DIRTY_LOG.unpack(argument.read(DIRTY_LOG.size))
         dirty_log.get(self.vm, number, address)
+        return 0
+
+    def _clear_dirty_log(self, argument: Argument) -> int:
+        """KVM_CLEAR_DIRTY_LOG (KVM API 4.117)."""
+        number, npages, first, address = CLEAR_DIRTY_LOG.unpack(argument.read(CLEAR_DIRTY_LOG.size))
+        dirty_log.clear(self.vm, number, first, npages, address)
         return 0
 
     def _check_extension(self, argument: Argument) -> int:

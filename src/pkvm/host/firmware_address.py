@@ -22,8 +22,8 @@ _SET_FFA = ANDROID.flags["SET_FFA"]
 
 def enable_cap(vm: Vm, flags: int, args: tuple[int, int, int, int]) -> None:
     """KVM_ENABLE_CAP(ARM_PROTECTED_VM). Raises EINVAL for a VM that is not protected, for
-    arguments that must be zero and are not, for other flags and for guest FF-A (this host found no
-    secure world), EFAULT from INFO, else as `set_firmware_address`."""
+    arguments that must be zero and are not, for other flags and for guest FF-A (this host's
+    KVM has none), EFAULT from INFO, else as `set_firmware_address`."""
     if not vm.protected:
         raise OSError(errno.EINVAL, "the VM is not protected: KVM_CREATE_VM with bit 31 makes one")
     if any(args[1:]):
@@ -33,7 +33,7 @@ def enable_cap(vm: Vm, flags: int, args: tuple[int, int, int, int]) -> None:
     elif flags == _INFO:
         protected.info(vm, args[0], 0)
     elif flags == _SET_FFA:
-        raise OSError(errno.EINVAL, "the host found no FF-A: no guest can have it")
+        raise OSError(errno.EINVAL, "no guest of this host can have FF-A")
     else:
         known = ", ".join(f"{name} is {number}" for name, number in ANDROID.flags.items())
         raise OSError(errno.EINVAL, f"flags {flags:#x}: {known}")

@@ -79,6 +79,8 @@ class Vm:
         """Non-protected: gfn -> the mapping in the guest's stage-2 that starts there."""
         self.dirty_logs: dict[int, DirtyLog] = {}
         """Non-protected: slot number -> its log, of those that have one."""
+        self.manual_dirty_log = 0
+        """KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)'s argument."""
         self.donated: dict[int, int] = {}
         """Protected, given at the first touch: gfn -> pages that were given there at once."""
         self._donated: set[int] = set()
@@ -199,6 +201,14 @@ class Vm:
         """Note what a non-protected guest shares from `gfn` on, and keep it alive."""
         run, first, npages = place
         self.shared[gfn] = Lent(npages, run, run.hold((first, npages)))
+
+    def lent_at(self, gfn: int) -> int | None:
+        """The first gfn of the mapping that has `gfn`, of what a non-protected guest shares."""
+        if gfn in self.shared:
+            return gfn
+        first = gfn & -BLOCK_PAGES
+        around = self.shared.get(first)
+        return first if around is not None and around.npages == BLOCK_PAGES else None
 
     def unshare(self, gfn: int, npages: int) -> None:
         """Take back what a non-protected guest shares in [gfn, gfn+npages), whole leaves."""

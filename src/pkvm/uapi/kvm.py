@@ -46,6 +46,7 @@ class Ioctl(IntEnum):
     ARM_VCPU_INIT = _ioc(1, 0xAE, 32)
     ARM_PREFERRED_TARGET = _ioc(2, 0xAF, 32)
     GET_REG_LIST = _ioc(3, 0xB0, 8)
+    CLEAR_DIRTY_LOG = _ioc(3, 0xC0, 24)
     CREATE_DEVICE = _ioc(3, 0xE0, 12)
     SET_DEVICE_ATTR = _ioc(1, 0xE1, 24)
     GET_DEVICE_ATTR = _ioc(1, 0xE2, 24)
@@ -208,6 +209,12 @@ MEMORY_REGION2_BYTES = 160
 """kvm_userspace_memory_region2: the same, then what is for guest_memfd alone."""
 DIRTY_LOG = struct.Struct("<IIQ")
 """kvm_dirty_log: slot, padding, the bitmap's address."""
+CLEAR_DIRTY_LOG = struct.Struct("<IIQQ")
+"""kvm_clear_dirty_log: slot, num_pages, first_page, address of the bitmap of num_pages."""
+DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1
+DIRTY_LOG_INITIALLY_SET = 2
+"""args[0] of KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2): pages are clean again when CLEAR_DIRTY_LOG
+says so, not when the log is asked for; and a new log says that all are dirty."""
 ENABLE_CAP = struct.Struct("<II4Q64x")
 """kvm_enable_cap: cap, flags, args[4], pad."""
 ONE_REG = struct.Struct("<QQ")
