@@ -15,6 +15,8 @@ import pytest
 from pkvm.cli import status
 from pkvm.cli.main import main
 from pkvm.testbed import cache
+from pkvm.testbed.base import silent
+from pkvm.testbed.store import KERNEL, Store
 
 PKVM = (sys.executable, "-m", "pkvm", "testbed")
 SECONDS = 200
@@ -91,18 +93,22 @@ def test_no_network(tmp_path: Path) -> None:
     assert not [name for name in left if "kernel" in name or "root" in name]
 
 
-@pytest.mark.parametrize(
-    ("size", "seed"),
-    [("40M", ""), ("20M", "debian"), ("50M", "debian"), ("61M", "debian")],
-    ids=["lists", "kernel", "root", "bytecode"],
-)
+@pytest.mark.parametrize("step", ["lists", "kernel", "root", "bytecode"])
 @pytest.mark.linux
-def test_a_full_disk(tmp_path: Path, size: str, seed: str) -> None:
+def test_a_full_disk(tmp_path: Path, step: str) -> None:
     """At each step; with Debian's packages there already, but for the first."""
-    source = cache.root() / "debian"
+    packages = cache.root() / "debian"
+    kernel = Store().kernel(KERNEL, silent).stat().st_size
+    root = Store().root(silent).archive.stat().st_size
+    size = {
+        "lists": 40 << 20,
+        "kernel": kernel // 2,
+        "root": kernel + root // 2,
+        "bytecode": kernel + root + (1 << 20),
+    }[step]
     script = (
         f"mount -t tmpfs -o size={size} tmpfs {tmp_path} && cd {tmp_path} && "
-        + (f"ln -s {source} debian && " if seed else "")
+        + ("" if step == "lists" else f"ln -s {packages} debian && ")
         + f"PKVM_CACHE={tmp_path} {' '.join(PKVM)} --quiet make; echo $? >&2; "
         "find . ! -type l ! -type d"
     )
@@ -121,9 +127,15 @@ def test_a_full_disk(tmp_path: Path, size: str, seed: str) -> None:
     assert not [name for name in left if cache.PARTIAL in name or "partial" in name]
     assert not [name for name in left if name.endswith("/library")]
     wholes = {name.split("/")[2].split("-")[0] for name in left if name.count("/") > 2}
-    assert wholes - {"arm64"} == {
-        "40M": set(), "20M": set(), "50M": {"kernel"}, "61M": {"kernel", "root", "compiled"},
-    }[size]  # fmt: skip
+    assert (
+        wholes - {"arm64"}
+        == {
+            "lists": set(),
+            "kernel": set(),
+            "root": {"kernel"},
+            "bytecode": {"kernel", "root", "compiled"},
+        }[step]
+    )
 
 
 def test_a_file_that_is_no_kernel(tmp_path: Path) -> None:

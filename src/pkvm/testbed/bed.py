@@ -139,7 +139,7 @@ class TestBed(Bed):
         settings = [f"{name}={value}" for name, value in (environment or {}).items()]
         command = shlex.join(["env", *settings, *argv] if settings else argv)
         return self._command(
-            f"setsid sh -c 'echo $$ >{_PID}; exec \"$@\"' sh {command} "
+            f"rm -f {_PID}; setsid sh -c 'echo $$ >{_PID}; exec \"$@\"' sh {command} "
             f"<{_STDIN if stdin else '/dev/null'} >&4 2>&5 3>&- 4>&- 5>&-; status=$?; "
             "kill -9 -1; (exit $status)",
             timeout,
@@ -266,7 +266,7 @@ class TestBed(Bed):
 
     def _compile_library(self) -> None:
         """Have Python compile its library, once."""
-        self._progress("compiling Python's library (once; minutes)")
+        self._progress("compiling Python's library, once")
         command = ("python3", "-m", "compileall", "-q", f"/usr/lib/{self._python}")
         result = self.run(command, timeout=COMPILE_SECONDS)
         if not result.ok:
@@ -307,13 +307,22 @@ class TestBed(Bed):
         )
         deadline = time.monotonic() + timeout if timeout else None
         if not self._wait_for_end(deadline):
-            link.send(CONTROL, f"kill -9 -$(cat {_PID})\n".encode())
-            if not self._wait_for_end(time.monotonic() + KILL_SECONDS):
-                raise BedError("the emulated machine hangs: a command cannot be ended")
+            self._kill_command()
             self._idle = True
             raise TimedOut(f"the command took longer than {timeout:g} s")
         self._idle = True
         return Result(self._status(), *(bytes(output.data) for output in link.outputs.values()))
+
+    def _kill_command(self) -> None:
+        """End the command that runs. Raises BedError."""
+        link = self._linked()
+        limit = time.monotonic() + KILL_SECONDS
+        while time.monotonic() < limit:
+            # It may be too young to have said its number.
+            link.send(CONTROL, f"kill -9 -$(cat {_PID})\n".encode())
+            if self._wait_for_end(time.monotonic() + 1):
+                return
+        raise BedError("the emulated machine hangs: a command cannot be ended")
 
     def _wait_for_end(self, deadline: float | None) -> bool:
         """Wait for a command to end; False if the time is up before. Raises BedError."""
