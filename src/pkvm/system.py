@@ -176,13 +176,17 @@ class System:
         return private_to_guests(self.hyp.mem, self.hyp.vms())
 
     def tables(self) -> dict[str, Stage2Context]:
-        """The stage-2 trees in force by name: "host", "dma", and "guest 0x1000"... by handle."""
+        """The stage-2 trees in force by name: "host", "dma" (the identity domain), "domain 1"...
+        that the host made for DMA, and "guest 0x1000"... by handle."""
         contexts = {}
         if self.machine.host_bus.context is not None:
             contexts["host"] = self.machine.host_bus.context
         if self.protected and self.machine.smmu is not None:
             dma = self.hyp.mem.host.dma
             contexts["dma"] = Stage2Context(dma.vttbr, dma.vtcr)
+        for domain in list(self.hyp.mem.domains.values()):
+            tree = domain.stage2
+            contexts[f"domain {domain.number}"] = Stage2Context(tree.vttbr, tree.vtcr)
         for vm in self.hyp.vms():
             contexts[f"guest {vm.handle:#x}"] = Stage2Context(vm.stage2.vttbr, vm.stage2.vtcr)
         return contexts
@@ -191,6 +195,20 @@ class System:
         """The stage-2 tree of that name in words. Raises KeyError for a name that is not in
         `tables`."""
         return dump_stage2(self.machine.memory, self.tables()[table], table)
+
+    def dump_smmu(self) -> str:
+        """What the SMMU does with each stream, in words; "" if there is none."""
+        from pkvm.machine.smmu_dump import dump_smmu  # asked for rarely
+
+        smmu = self.machine.smmu
+        return "" if smmu is None else dump_smmu(smmu, self.machine.dma_devices)
+
+    def streams(self) -> list[dict[str, object]]:
+        """The same as JSON objects."""
+        from pkvm.machine.smmu_dump import as_json
+
+        smmu = self.machine.smmu
+        return [] if smmu is None else as_json(smmu, self.machine.dma_devices)
 
     def close(self) -> None:
         """Close every file descriptor, end every VM, free the engine. Idempotent."""

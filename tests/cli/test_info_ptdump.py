@@ -37,6 +37,7 @@ def test_info_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "protected mode: yes" in text
     assert "ARM_PROTECTED_VM 1" in text
     assert "max on Unicorn 2.1.4" in text
+    assert "dma-copy is stream 1, the SMMU's answer: translate" in text
 
 
 def test_info_of_a_host_without_protected_mode(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,13 +53,25 @@ def test_ptdump_shows_all_tables_while_a_page_is_shared(capsys: pytest.CaptureFi
     assert main(["ptdump"]) == status.OK
     captured = capsys.readouterr()
     assert captured.err == ""
-    host, dma, guest = captured.out.split("\n\n")
+    host, dma, guest, smmu = captured.out.split("\n\n")
     assert host.startswith("host: ")
     assert "annotated: owned by guest VM 0x1000" in host
     assert dma.startswith("dma: ")
     assert guest.startswith("guest 0x1000: ")
     assert "2 MiB block" in guest
     assert guest.count("SHARED_OWNED") == 1
+    assert "stream 0x1 (dma-copy, registers at 0x10000000): translate by VMID 0" in smmu
+
+
+def test_ptdump_of_the_smmu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ptdump", "--table", "smmu", "--json"]) == status.OK
+    report = json.loads(capsys.readouterr().out)
+    assert report["tables"] == {}
+    copy, scatter = report["smmu"]
+    assert (copy["device"], copy["stream"], copy["does"]) == ("dma-copy", 1, "translate")
+    assert scatter["root"] == copy["root"], "the identity domain"
+    assert main(["ptdump", "--table", "smmu", "--kvm-mode", "nvhe", "--unprotected"]) == status.OK
+    assert "(dma-sg, registers at 0x10001000): bypass" in capsys.readouterr().out
 
 
 def test_ptdump_of_one_table_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

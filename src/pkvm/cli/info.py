@@ -102,6 +102,7 @@ def _model_facts(args: argparse.Namespace, system: System) -> dict[str, Any]:
         "cpu_model": args.cpu_model,
         "engine": "Unicorn " + ".".join(str(part) for part in LAYOUT.version),
         "clock": args.clock,
+        "dma_devices": system.streams(),
         **facts,
         "hypercalls": _hypercalls(args.dialect) if system.protected else [],
     }
@@ -188,7 +189,12 @@ def _machine_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("RAM", f"{ram['bytes'] // mib} MiB at PA {ram['base']:#x}, {facts['ipa_bits']}-bit IPA"),
         ("EL2 keeps", f"{facts['hyp_bytes'] // 1024} KiB, firmware included"),
         ("CPU", f"{facts['cpu_model']} on {facts['engine']}, clock {facts['clock']}"),
+        ("DMA", "; ".join(_device_words(device) for device in facts["dma_devices"]) or "none"),
     ]
+
+
+def _device_words(device: dict[str, Any]) -> str:
+    return f"{device['device']} is stream {device['stream']}, the SMMU's answer: {device['does']}"
 
 
 def _kernel_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from pkvm.vmm.vmm import Moment, Vmm
 if TYPE_CHECKING:
     from pkvm.system import System
 
-TABLES = ("host", "guest", "dma")
+TABLES = ("host", "guest", "dma", "smmu")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,9 @@ def execute(args: argparse.Namespace) -> int:
                 for name in system.tables()
                 if args.table in ("all", name.partition(" ")[0])
             }
+            if args.table in ("all", "smmu"):
+                smmu = system.streams() if args.json else system.dump_smmu()
+                seen[moment.value]["smmu"] = smmu
 
     system = options.make_system(args, NullRecorder(), wanted.board.ram_bytes, firmware=firmware)
     try:
@@ -78,7 +81,9 @@ def execute(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        terminal.write_line(json.dumps({"outcome": outcome.kind, "at": at, "tables": seen[at]}))
+        smmu = seen[at].pop("smmu", [])
+        report = {"outcome": outcome.kind, "at": at, "tables": seen[at], "smmu": smmu}
+        terminal.write_line(json.dumps(report))
     else:
         if at != args.at:
             print("the guest never shared memory: these are the tables at its end", file=sys.stderr)
