@@ -43,6 +43,10 @@ class Explanation:
     source: str
     """Where that can be read: a document's section, a file of a source tree."""
 
+    def __str__(self) -> str:
+        """What it is about, and the reason."""
+        return f"{self.topic}, {self.scenario}: {self.call} {self.arguments}: {self.reason}"
+
     def speaks_for(self, pair: Pair) -> bool:
         """Whether it is about this difference."""
         row = pair.question

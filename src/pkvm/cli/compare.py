@@ -146,7 +146,7 @@ def _facts(comparison: Comparison, theirs: Record) -> dict[str, Any]:
             if one.explanation is not None
         ],
         "unexplained": [_pair_facts(pair) for pair in comparison.unexplained()],
-        "stale": [one.reason for one in comparison.stale],
+        "stale": [str(one) for one in comparison.stale],
     }
 
 
@@ -189,7 +189,7 @@ def _text(comparison: Comparison, theirs: Record) -> str:
             f"  the model:  {model}",
         ]
     for stale in comparison.stale:
-        lines.append(f"An explanation explains nothing any more: {stale.reason}")
+        lines.append(f"An explanation explains nothing any more: {stale}")
     if comparison.explains_too_much:
         lines.append("More is explained than may be: mend the model.")
     return "\n".join(lines)
