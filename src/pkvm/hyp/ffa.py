@@ -174,20 +174,23 @@ class FfaProxy:
 
     def _rxtx_map(self, cpu: HostCpu, x: Registers) -> Registers:
         buffers = self._own()
-        buffers.map(*x[1:4])
-        try:
-            self._ask(cpu, Function.FFA_RXTX_MAP_64, buffers.tx, buffers.rx, 1)
-        except Passed:
-            buffers.unmap()
-            raise
+        with self._mem.lock:
+            buffers.map(*x[1:4])
+            try:
+                self._ask(cpu, Function.FFA_RXTX_MAP_64, buffers.tx, buffers.rx, 1)
+            except Passed:
+                buffers.unmap()
+                raise
         return ffa.success()
 
     def _rxtx_unmap(self, cpu: HostCpu, x: Registers) -> Registers:
         if x[1] & W_MASK:
             raise invalid("ffa_sender", "another endpoint's buffers")
         buffers = self._mapped()
-        self._ask(cpu, Function.FFA_RXTX_UNMAP)
-        buffers.unmap()
+        with self._mem.lock:
+            buffers.check_unmap()
+            self._ask(cpu, Function.FFA_RXTX_UNMAP)
+            buffers.unmap()
         return ffa.success()
 
     def _rx_release(self, cpu: HostCpu, x: Registers) -> Registers:

@@ -42,11 +42,19 @@ class FfaBuffers:
         self.host = tx, rx
         self.host_has_rx = False
 
+    def check_unmap(self) -> None:
+        """Refuse (FfaRefused) what `unmap` cannot do: there are no buffers, or the host has made
+        one of the pages something else of EL2's too."""
+        for pa in self._pages():
+            if self._mem.pins(pa) != 1:
+                why = "EL2 uses the page for something else too"
+                raise FfaRefused(Status.BUSY, "refcount", why, pa)
+
     def unmap(self) -> None:
-        """Give the host's pages back. Raises FfaRefused if there are none."""
-        pages = self._pages()
+        """Give the host's pages back. Raises FfaRefused as `check_unmap`."""
         with self._mem.lock:
-            for pa in pages:
+            self.check_unmap()
+            for pa in self.host:
                 self._unshare(pa)
         self.host = ()
         self.host_has_rx = False

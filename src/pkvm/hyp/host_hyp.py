@@ -109,6 +109,10 @@ class HostHyp(Ownership):
                 raise Refused(Errno.EBUSY, "refcount", "the page is pinned too often", pa=pa)
             self.vmemmap.refcount[page] += 1
 
+    def pins(self, pa: int) -> int:
+        """How often the shared page that holds byte `pa`, which is RAM, is pinned."""
+        return self.vmemmap.refcount[self._page_of(pa >> PAGE_SHIFT)]
+
     def unpin_shared(self, pa: int) -> None:
         """Undo one `pin_shared`. Raises HypBug if there was none."""
         with self.lock:
