@@ -266,6 +266,19 @@ def test_upstream_asks_by_a_fault() -> None:
     assert caller.call(Function.HYP_MEMINFO) == (PAGE, 0, 0, 0)
 
 
+def test_what_upstream_asks_for_outlasts_another_vcpu() -> None:
+    caller = Caller(UPSTREAM)
+    for number, value in enumerate((Function.MEM_SHARE, RAM_IPA + 0x10_0000, 0, 0)):
+        caller.engine.x[number] = value
+    caller.guest.run(flags=INCREMENT_PC)
+    Guest(caller.el2, [a64.HVC]).run()
+    caller.guest.load()
+    assert caller.el2.call(HostCall.VCPU_IN_POISON_FAULT) == 0
+    caller.el2.call(HostCall.VCPU_PUT)
+    assert caller.guest.run(flags=PENDING_EXCEPTION) == ExitCode.TRAP
+    assert caller.engine.read_sysreg(r.ESR_EL1) >> 26 == 0x25
+
+
 WORDS = st.one_of(
     st.sampled_from([0, 1, PAGE, NOWHERE, RAM_IPA, IPA_END, IPA_END - PAGE, (1 << 64) - PAGE]),
     st.integers(0, 64).map(lambda page: RAM_IPA + page * PAGE),

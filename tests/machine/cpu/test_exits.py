@@ -133,6 +133,17 @@ def test_data_abort_has_everything_for_mmio(guest: Guest, word: int, offset: int
     assert found.pc == CODE + 16
 
 
+def test_all_that_a_trap_shows_in_one_read(guest: Guest) -> None:
+    engine = guest.engine
+    found = guest.run(*mov(1, UNMAPPED), str_(2, 1), pstate=0xA000_03C5)
+    sctlr = engine.read_sysreg(reg.SCTLR_EL1)
+    assert engine.trap_state() == (
+        found.esr, CODE + 16, 0xA000_03C5, sctlr, UNMAPPED, found.hpfar
+    )  # fmt: skip
+    assert hpfar_to_ipa(found.hpfar) == UNMAPPED
+    assert sctlr == reg.SCTLR_EL1_RESET
+
+
 def test_emulated_store_happens_once_and_execution_goes_on_behind_it(guest: Guest) -> None:
     engine = guest.engine
     guest.write(CODE, *mov(1, UNMAPPED), movz(2, 9), str_(2, 1), movz(3, 1), hvc(0))
