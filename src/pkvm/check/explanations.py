@@ -225,6 +225,17 @@ EXPLANATIONS: tuple[Explanation, ...] = (
         source="Arm ARM, ID_AA64MMFR0_EL1.PARange; KVM API 4.2, the IPA size in protected mode",
     ),
     Explanation(
+        topic="host_access",
+        scenario="bad_device",
+        call="*",
+        arguments="ram*",
+        model="*",
+        kernel="*",
+        reason="devices reach every page there, and the host reads a guest's memory by way of a "
+        "disk; here EL2 keeps devices out",
+        source="Linux 7.3, Documentation/virt/kvm/arm/pkvm.rst, Limitations: DMA isolation",
+    ),
+    Explanation(
         topic="fetch",
         scenario="bad_unaligned",
         call="guest branch",

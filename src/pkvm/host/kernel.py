@@ -438,6 +438,45 @@ class HostKernel:
                 except self._bus_faults:
                     self.take(mapping.pa + offset, mapping.address + offset)
 
+    def device_read(self, address: int, length: int) -> bytes:
+        """O_DIRECT: a device reads the VMM's memory, by DMA. Raises EFAULT, EIO."""
+        users = self._host.users
+        seen: list[bytes] = []
+
+        def call() -> int:
+            buffer = users.map(length)
+            try:
+                self._copy_by_device(address, buffer.address, length)
+                seen.append(users.copy_from_user(buffer.address, length))
+            finally:
+                users.unmap(buffer.address, buffer.length)
+            return length
+
+        self._call(-1, "pwrite", call)
+        return seen[0]
+
+    def device_write(self, address: int, data: bytes) -> None:
+        """O_DIRECT: a device writes to the VMM's memory, by DMA. Raises EFAULT, EIO."""
+        users = self._host.users
+
+        def call() -> int:
+            buffer = users.map(len(data))
+            try:
+                users.copy_to_user(buffer.address, data)
+                self._copy_by_device(buffer.address, address, len(data))
+            finally:
+                users.unmap(buffer.address, buffer.length)
+            return len(data)
+
+        self._call(-1, "pread", call)
+
+    def _copy_by_device(self, source: int, destination: int, length: int) -> None:
+        """Have the copy engine do it, by user addresses. Raises EFAULT, EIO, ENODEV."""
+        if self._dma_base is None:
+            raise OSError(errno.ENODEV, "the machine has no copy engine")
+        driver = CopyDriver(self._bus, self._host.users, self._dma_base)
+        driver.copy(DmaCopy.ARGS.pack(source, destination, length))
+
     def limit_memlock(self, limit: int | None) -> None:
         """setrlimit(2) of RLIMIT_MEMLOCK; None: as it was at first."""
 

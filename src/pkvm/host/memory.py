@@ -38,6 +38,14 @@ class MemoryCalls(Protocol):
         """mprotect(2), madvise(2), ... Raises OSError."""
         ...
 
+    def device_read(self, address: int, length: int) -> bytes:
+        """What a device reads at a user address, by DMA. Raises EIO where it may not."""
+        ...
+
+    def device_write(self, address: int, data: bytes) -> None:
+        """A device's DMA to a user address. Errors as `device_read`."""
+        ...
+
     def place(self, make: Callable[[], Mapped], backing: Backing) -> HostMemory:
         """The memory that `make` maps. Raises OSError."""
         ...
@@ -110,6 +118,8 @@ class HostMemory:
         """A load of the kernel's own, which takes what it may not touch by force. Raises ValueError
         outside the mapping, HostOopsError, EIO or EFAULT where nothing is mapped."""
         self._check(offset, length)
+        if way is Forced.DEVICE:
+            return self._calls.device_read(self._block(offset, length), length)
         read = self._bus.read
         parts = [
             self._forced(pa, at, partial(_swapped, read, count))
@@ -122,6 +132,9 @@ class HostMemory:
         self._check(offset, len(data))
         if way is Forced.VMSPLICE:
             raise OSError(errno.EINVAL, "vmsplice only reads")
+        if way is Forced.DEVICE:
+            self._calls.device_write(self._block(offset, len(data)), data)
+            return
         done = 0
         for pa, at, count in self._forced_pieces(offset, len(data), way):
             part = data[done : done + count]
@@ -193,6 +206,12 @@ class HostMemory:
             except self._faults as fault:
                 raise self._refused(fault, pa, at + done, access) from fault
             done += count
+
+    def _block(self, offset: int, length: int) -> int:
+        """The user address of a buffer for O_DIRECT. Raises EINVAL if it is not made of pages."""
+        if (offset | length) % PAGE_SIZE:
+            raise OSError(errno.EINVAL, "a disk reads and writes whole blocks")
+        return self.address + offset
 
     def _forced_pieces(self, offset: int, length: int, way: Forced) -> list[tuple[int, int, int]]:
         """(PA, user address, bytes) of what the kernel finds there; it minds no protection. Raises

@@ -39,10 +39,6 @@ _PROTECTION = {
     Change.READ_ONLY: _PROT_READ,
     Change.READ_WRITE: _PROT_READ | _PROT_WRITE,
 }
-_RETURNS_LONG = frozenset(
-    {"mmap", "mremap", "process_vm_readv", "process_vm_writev", "read", "syscall", "vmsplice"}
-)
-"""Functions that return an address or a ssize_t, and no int."""
 _MEMFD_SECRET = 447
 """memfd_secret(2), of which the C library knows nothing; the number is the same everywhere."""
 _DISK_FILESYSTEMS = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010})
@@ -168,6 +164,10 @@ def forced_read(way: Forced, address: int, length: int, fd: int, offset: int) ->
         local, remote = _iovec(ctypes.addressof(target), length), _iovec(address, length)
         count = call("process_vm_readv", os.getpid(), local, 1, remote, 1, 0)
         return target.raw[:count]
+    if way is Forced.DEVICE:
+        with _direct() as (plain, direct):
+            count = os.pwrite(direct, view(address, length), 0)
+            return os.pread(plain, count, 0)
     with _pipe() as (reader, writer):
         count = call("vmsplice", writer, _iovec(address, length), 1, 0)
         return os.read(reader, count)
@@ -178,12 +178,32 @@ def forced_write(way: Forced, address: int, data: bytes, fd: int, offset: int) -
     vmsplice, which only reads."""
     if way is Forced.FILE:
         os.pwrite(fd, data, offset)
+    elif way is Forced.DEVICE:
+        with _direct() as (plain, direct):
+            os.pwrite(plain, data, 0)
+            os.fsync(plain)
+            os.preadv(direct, [view(address, len(data))], 0)
     elif way is Forced.PROCESS_VM:
         source = ctypes.create_string_buffer(data, len(data))
         local, remote = _iovec(ctypes.addressof(source), len(data)), _iovec(address, len(data))
         call("process_vm_writev", os.getpid(), local, 1, remote, 1, 0)
     else:
         raise OSError(errno.EINVAL, "vmsplice only reads")
+
+
+@contextmanager
+def _direct() -> Iterator[tuple[int, int]]:
+    """A file on a disk, twice: as any file, and past the page cache, so that the disk itself reads
+    and writes the buffers (O_DIRECT). Raises ENODEV as `_disk_file`."""
+    plain = _disk_file()
+    try:
+        direct = os.open(f"/proc/self/fd/{plain}", os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
+        try:
+            yield plain, direct
+        finally:
+            os.close(direct)
+    finally:
+        os.close(plain)
 
 
 def _iovec(address: int, length: int) -> ctypes.Array[ctypes.c_char]:

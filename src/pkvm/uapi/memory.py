@@ -119,3 +119,5 @@ class Forced(Enum):
     PROCESS_VM = "process_vm_readv"
     VMSPLICE = "vmsplice"
     FILE = "read of the object behind the mapping"
+    DEVICE = "a disk's DMA (O_DIRECT)"
+    """Not the kernel's own access, but that of a device which it lets at the page, whole pages."""

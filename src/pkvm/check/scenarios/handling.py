@@ -65,6 +65,25 @@ def forced_write(
     bench.call(f"write by {way.value}", where, lambda: memory.forced_write(offset, data, way))
 
 
+def device_read(bench: Bench, memory: Memory, offset: int = 0) -> None:
+    """A disk reads a page by DMA; the first 8 bytes that it saw are recorded."""
+    bench.call(
+        f"read by {Forced.DEVICE.value}",
+        bench.user(memory.address + offset),
+        lambda: memory.forced_read(offset, PAGE, Forced.DEVICE),
+        lambda data: Outcome("ok", host=data[:8].hex()),
+    )
+
+
+def device_write(bench: Bench, memory: Memory, data: bytes, offset: int = 0) -> None:
+    """A disk writes a page by DMA, `data` and zeroes."""
+    bench.call(
+        f"write by {Forced.DEVICE.value}",
+        f"{bench.user(memory.address + offset)}, {data.hex()}",
+        lambda: memory.forced_write(offset, data.ljust(PAGE, b"\0"), Forced.DEVICE),
+    )
+
+
 def fork(bench: Bench) -> None:
     """fork(2) of the host's process."""
     bench.call("fork", "", bench.kvm.kernel.fork)

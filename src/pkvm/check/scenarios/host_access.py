@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import partial
 
 from pkvm.check.scenarios.bench import CODE, PAGE, RAM, Bench
-from pkvm.check.scenarios.handling import memory, system_call
+from pkvm.check.scenarios.handling import device_read, device_write, memory, system_call
 from pkvm.check.scenarios.sharing import SHARE, UNSHARE
 from pkvm.kvm.registers import register_id
 from pkvm.uapi.kvm import ONE_REG, Ioctl
@@ -146,3 +146,34 @@ def bad_one_reg_pointer(bench: Bench) -> None:
                 f"KVM_{request.name}", says, partial(ioctl, guest.vcpu.fd, request, argument)
             )
     guest.load(RAM)
+
+
+def bad_device(bench: Bench) -> None:
+    """A disk of the host's, told to read and write a private page (DMA)."""
+    vm = bench.vm()
+    guest = vm.agent()
+    guest.store(RAM, 0x5EC2E7)
+    device_read(bench, vm.ram)
+    device_write(bench, vm.ram, b"\x11")
+    guest.load(RAM)
+    vm.load(0)
+
+
+def good_device(bench: Bench) -> None:
+    """The same with a page that the guest shares, one it has not touched, and one of a guest that
+    is not protected."""
+    vm = bench.vm()
+    guest = vm.agent()
+    guest.hvc(SHARE, RAM)
+    guest.store(RAM, 0x1234)
+    device_read(bench, vm.ram)
+    device_write(bench, vm.ram, b"\x55")
+    guest.load(RAM)
+    device_write(bench, vm.ram, b"\x66", PAGE)
+    guest.load(RAM + PAGE)
+    other = bench.vm(protected=False, name="other ")
+    second = other.agent()
+    second.store(RAM, 0x77)
+    device_read(bench, other.ram)
+    device_write(bench, other.ram, b"\x88")
+    second.load(RAM)
