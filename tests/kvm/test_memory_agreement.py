@@ -7,6 +7,7 @@ No guest has the memory here; what changes then, the scenarios hold against a re
 from __future__ import annotations
 
 import errno
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,23 @@ def test_what_was_unmapped_is_not_unmapped_again() -> None:
     assert all(other.read(0, 9) == b"another's" for other in others)
     for other in others:
         other.close()
+
+
+def test_nothing_comes_where_something_was() -> None:
+    kernel = DevKernel()
+    with pytest.raises(OSError, match="allocate"):
+        kernel.mmap(1 << 46)
+    memory = kernel.mmap(16 * PAGE)
+    memory.change(Change.UNMAP, 0, 8 * PAGE)
+    moved = memory.move(8 * PAGE, 8 * PAGE)
+    anywhere = [mmap.mmap(-1, PAGE) for _ in range(256)]
+    others = [kernel.mmap(PAGE) for _ in range(64)]
+    for page in range(16):
+        with pytest.raises(OSError, match="nothing is mapped there"):
+            memory.write(page * PAGE, b"lost")
+    for one in (*others, moved, memory):
+        one.close()
+    assert len(anywhere) == 256, "held until here"
 
 
 def test_descriptors_are_closed() -> None:

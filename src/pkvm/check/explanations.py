@@ -233,7 +233,7 @@ EXPLANATIONS: tuple[Explanation, ...] = (
         kernel="*",
         reason="devices reach every page there, and the host reads a guest's memory by way of a "
         "disk; here EL2 keeps devices out",
-        source="Linux 7.3, Documentation/virt/kvm/arm/pkvm.rst, Limitations: DMA isolation",
+        source="Linux 7.3, Documentation/virt/kvm/arm/pkvm.rst, DMA isolation using an IOMMU",
     ),
     Explanation(
         topic="fetch",

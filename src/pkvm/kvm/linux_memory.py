@@ -12,6 +12,7 @@ import errno
 import os
 import resource
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -45,6 +46,9 @@ _DISK_FILESYSTEMS = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010})
 """f_type of ext4, xfs, btrfs and f2fs: a file there is written back."""
 _STATFS_BYTES = 256
 """More than a struct statfs has, of which f_type is the first word."""
+_PLACES = threading.Lock()
+_next_place, _LAST_PLACE = 1 << 36, 1 << 45
+"""Far from where the kernel puts mappings, which is from the top down, and from programs."""
 _CAPABILITY_VERSION_3 = 0x2008_0522
 _CAP_IPC_LOCK = 14
 
@@ -75,18 +79,30 @@ def map_object(backing: Backing, length: int, fd: int) -> int:
     if fd < 0:
         flags |= _ANONYMOUS
         flags |= _HUGETLB if backing.page == HUGE_PAGE else 0
-    return call("mmap", 0, length, _PROT_READ | _PROT_WRITE, flags, fd, 0)
+    return call("mmap", _place(length), length, _PROT_READ | _PROT_WRITE, flags, fd, 0)
 
 
 def _map_aligned(length: int) -> int:
     """Anonymous memory that transparent huge pages fit into."""
-    around = call("mmap", 0, length + HUGE_PAGE, 0, _PRIVATE | _ANONYMOUS, -1, 0)
-    address = -(-around // HUGE_PAGE) * HUGE_PAGE
-    for start, end in ((around, address), (address + length, around + length + HUGE_PAGE)):
-        if start < end:
-            call("munmap", start, end - start)
-    call("mprotect", address, length, _PROT_READ | _PROT_WRITE)
+    address = call(
+        "mmap", _place(length), length, _PROT_READ | _PROT_WRITE, _PRIVATE | _ANONYMOUS, -1, 0
+    )
     call("madvise", address, length, _MADV_HUGEPAGE)
+    return address
+
+
+def _place(length: int) -> int:
+    """An address for a mapping, a multiple of huge pages. None is used twice, and the kernel puts
+    nothing of its own choice there: where something was unmapped that a guest's slot still names,
+    nothing must ever be but what is put there on purpose. 0, the kernel's choice, for what cannot
+    fit."""
+    global _next_place
+    with _PLACES:
+        address = _next_place
+        end = address + -(-length // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE
+        if end > _LAST_PLACE:
+            return 0
+        _next_place = end
     return address
 
 
@@ -141,7 +157,7 @@ def change(what: Change, address: int, length: int) -> None:
 
 def move(address: int, length: int) -> int:
     """mremap to another place: the new address."""
-    target = call("mmap", 0, length, 0, _PRIVATE | _ANONYMOUS, -1, 0)
+    target = call("mmap", _place(length), length, 0, _PRIVATE | _ANONYMOUS, -1, 0)
     return call("mremap", address, length, length, _REMAP_MAYMOVE | _REMAP_FIXED, target)
 
 
