@@ -78,6 +78,34 @@ def test_a_signal_is_an_edge(machine: GicMachine) -> None:
     os.close(other)
 
 
+def test_a_device_that_never_stops_signalling_makes_one_interrupt(machine: GicMachine) -> None:
+    """However often a device raises its line, nothing piles up: one interrupt is pending, and when
+    the storm ends so does what the host does for it."""
+    stop = threading.Event()
+    with eventfd() as fd:
+        irqfd(machine, fd)
+
+        def storm() -> None:
+            while not stop.is_set():
+                os.eventfd_write(fd, 1)
+
+        device = threading.Thread(target=storm)
+        device.start()
+        for _ in range(20):
+            until(lambda: pending(machine))
+            machine.attr(Group.DIST_REGS, g.ISPENDR + 4, 0)
+        stop.set()
+        device.join(TIMEOUT_S)
+        assert not device.is_alive()
+        interrupts = calm = 0
+        while calm < 200:
+            calm += 1
+            if pending(machine):
+                interrupts, calm = interrupts + 1, 0
+                machine.attr(Group.DIST_REGS, g.ISPENDR + 4, 0)
+        assert interrupts <= 3, "of the storm no more than what was under way is left"
+
+
 def test_a_signal_that_came_before_counts(machine: GicMachine) -> None:
     with eventfd() as fd:
         os.eventfd_write(fd, 1)

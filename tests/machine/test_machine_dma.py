@@ -71,6 +71,32 @@ def test_it_copies_through_its_stage_2(board: Board) -> None:
     assert board.events == []
 
 
+def test_a_large_copy_stops_at_the_hole_and_not_before(board: Board) -> None:
+    """Bytes move in large pieces; what is before the refused page has been moved, all of it."""
+    payload = bytes(range(256)) * 16 * 60
+    for index in range(60):
+        board.tree.page(MIB2 + index * KIB4, DATA + index * KIB4)
+        if index != 37:
+            board.tree.page(2 * MIB2 + index * KIB4, DATA + (64 + index) * KIB4)
+    board.memory.write(DATA, payload)
+    length = 60 * KIB4 - 3
+    assert board.copy(MIB2 + 3, 2 * MIB2, length) == dma.STATUS_FAULT
+    assert board.get(dma.FAULT_IPA) == 2 * MIB2 + 37 * KIB4
+    moved = 37 * KIB4
+    assert board.memory.read(DATA + 64 * KIB4, moved) == payload[3 : 3 + moved]
+    assert board.memory.read(DATA + 101 * KIB4, KIB4) == bytes(KIB4)
+    board.tree.page(2 * MIB2 + 37 * KIB4, DATA + 101 * KIB4)
+    assert board.copy(MIB2 + 3, 2 * MIB2, length) == dma.STATUS_DONE
+    assert board.memory.read(DATA + 64 * KIB4, length) == payload[3:]
+
+
+def test_reset(board: Board) -> None:
+    assert board.copy(0x10000, 0, 8) == dma.STATUS_FAULT
+    board.set(dma.CTRL, dma.CTRL_RESET)
+    assert [board.get(offset) for offset in (dma.SRC, dma.DST, dma.LEN, dma.STATUS)] == [0] * 4
+    assert board.get(dma.FAULT_IPA) == 0
+
+
 @pytest.mark.parametrize(
     ("source", "destination", "fault", "access"),
     [

@@ -152,6 +152,15 @@ def test_a_descriptor_that_rewrites_the_ring_is_taken_at_its_word(board: Board) 
     assert board.state() == (1, 1, page(63))
 
 
+def test_reset(board: Board) -> None:
+    board.describe(0, page(63), page(1), 8)
+    board.set(sg.TAIL, 1)
+    assert board.state() == (1, 0, page(63))
+    board.set(sg.CTRL, 2)
+    assert board.state() == (0, 0, 0)
+    assert (board.get(sg.RING), board.get(sg.SIZE), board.get(sg.CTRL)) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(("offset", "size"), [(0, 4), (0x18, 4), (0x1C, 4), (0x40, 8)])
 def test_crooked_accesses_do_nothing(board: Board, offset: int, size: int) -> None:
     board.memory.write(BASE + offset, b"\xff" * size)

@@ -8,14 +8,14 @@ other access, and any to the rest of the window, reads as zero and is ignored.
 SRC        0x00   rw   IPA of the first byte to read
 DST        0x08   rw   IPA of the first byte to write
 LEN        0x10   rw   bytes
-CTRL       0x18   w    bit 0: start. Reads as zero
+CTRL       0x18   w    bit 0: start; bit 1: reset. Reads as zero
 STATUS     0x20   r    0 idle or done, 1 stopped by a fault, 2 busy
 FAULT_IPA  0x28   r    address that was refused, when STATUS is 1
 ========== ====== ==== ======================================================
 
-A start takes SRC, DST and LEN as they are at that moment; while busy, starts
-are ignored. Bytes move as `move` says. A LEN larger than the address space is
-refused as a fault of SRC before anything moves.
+A start takes SRC, DST and LEN as they are at that moment; a reset makes every
+register zero. While busy both are ignored. Bytes move as `move` says. A LEN
+larger than the address space is refused as a fault of SRC before anything moves.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ STATUS = 0x20
 FAULT_IPA = 0x28
 WINDOW_BYTES = 0x1000
 CTRL_START = 1
+CTRL_RESET = 2
 
 STATUS_DONE = 0
 STATUS_FAULT = 1
@@ -110,13 +111,14 @@ class CopyEngine:
         with self._lock:
             if offset in (SRC, DST, LEN):
                 self._registers[offset] = value & MASK64
-            elif offset == CTRL and value & CTRL_START:
-                self._start()
+            elif offset == CTRL and self._registers[STATUS] != STATUS_BUSY:
+                if value & CTRL_RESET:
+                    self._registers = dict.fromkeys(self._registers, 0)
+                elif value & CTRL_START:
+                    self._start()
 
     def _start(self) -> None:
         registers = self._registers
-        if registers[STATUS] == STATUS_BUSY:
-            return
         registers[STATUS] = STATUS_BUSY
         registers[FAULT_IPA] = 0
         self._job = _Job(registers[SRC], registers[DST], registers[LEN])

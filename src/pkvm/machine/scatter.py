@@ -11,6 +11,7 @@ HEAD       0x10   r    the descriptor that is next
 TAIL       0x18   w    do the descriptors from HEAD up to this one, around the end
 STATUS     0x20   r    0 idle, 1 stopped, 2 busy
 FAULT      0x28   r    address that was refused, when STATUS is 1
+CTRL       0x30   w    bit 1: reset, every register is zero. Reads as zero
 ========== ====== ==== ======================================================
 
 A descriptor has 32 bytes, little-endian: source (u64), destination (u64),
@@ -19,8 +20,8 @@ writes 1 when the bytes are moved (see `pkvm.machine.dma.move`). It is read when
 its turn comes, through the same SMMU as everything else. What cannot be done
 stops the engine, HEAD at the descriptor: a refused address, a length that is too
 large (FAULT is the descriptor's own address), a TAIL or SIZE out of range (FAULT
-is the number). A write of TAIL starts anew from HEAD; while busy it is ignored,
-so that a descriptor that rings the device's own bell goes nowhere.
+is the number). A write of TAIL starts anew from HEAD; while busy all writes are
+ignored, so that a descriptor that rings the device's own bell goes nowhere.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import threading
 from pkvm.arm64.bits import MASK64
 from pkvm.events import DmaFault, Recorder
 from pkvm.machine.bus import Master
-from pkvm.machine.dma import STATUS_BUSY, STATUS_DONE, STATUS_FAULT, WINDOW_BYTES, move
+from pkvm.machine.dma import CTRL_RESET, STATUS_BUSY, STATUS_DONE, STATUS_FAULT, WINDOW_BYTES, move
 from pkvm.machine.memory import BusError, DeviceWindow
 from pkvm.machine.stage2 import Access, Stage2Fault
 
@@ -41,6 +42,7 @@ HEAD = 0x10
 TAIL = 0x18
 STATUS = 0x20
 FAULT = 0x28
+CTRL = 0x30
 
 DESCRIPTOR = struct.Struct("<QQIIQ")
 STATE_OFFSET = 24
@@ -90,6 +92,8 @@ class ScatterEngine:
             if offset in (RING, SIZE):
                 registers[offset] = value & MASK64
                 registers[HEAD] = 0
+            elif offset == CTRL and value & CTRL_RESET:
+                self._registers = dict.fromkeys(registers, 0)
             elif offset == TAIL:
                 registers[STATUS], registers[FAULT] = STATUS_BUSY, 0
                 self._tail = value
