@@ -49,6 +49,18 @@ def test_slots_follow_the_command_line(image: str) -> None:
     opened.close()
 
 
+@pytest.mark.parametrize(
+    ("flags", "read_only", "by_dma"),
+    [("", False, False), (",dma", False, True), (",ro,dma", True, True), (",dma,ro", True, True)],
+)
+def test_a_disks_flags(image: str, flags: str, read_only: bool, by_dma: bool) -> None:
+    opened = devices.Devices(parse("--disk", image + flags))
+    device = opened.by_slot[0]
+    assert isinstance(device, Block)
+    assert (device.disk.read_only, device.by_dma) == (read_only, by_dma)
+    opened.close()
+
+
 def test_a_disk_is_writable_unless_it_is_not(image: str) -> None:
     opened = devices.Devices(parse("--disk", image))
     (device,) = opened.by_slot.values()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 from fakes.memory_rig import RAM, SMMU, STREAM, Rig
@@ -53,6 +55,42 @@ def test_a_page_is_gone_when_the_call_returns(rig: Rig) -> None:
         with pytest.raises(Stage2Fault):
             rig.dma_bus.read(pfn << 12, 8)
         rig.mem.hyp_donate_host(pfn, 1)
+    rig.sound()
+
+
+def test_a_device_that_writes_all_the_time_loses_the_page_at_once(rig: Rig) -> None:
+    """Whatever the device has under way, nothing of it lands after the call has returned."""
+    pa, stop = rig.first_pfn << 12, threading.Event()
+    landed = 0
+
+    def device() -> None:
+        nonlocal landed
+        number = 0
+        while not stop.is_set():
+            number += 1
+            try:
+                rig.dma_bus.write(pa, number.to_bytes(8, "little") * 512)
+                landed += 1
+            except Stage2Fault:
+                continue
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    try:
+        for _ in range(12):
+            before = landed
+            while landed < before + 3:
+                thread.join(0.0005)
+            rig.mem.host_donate_hyp(rig.first_pfn, 1)
+            content = rig.memory.read(pa, 4096)
+            assert content == content[:8] * 512, "a write was cut in two"
+            for _ in range(20):
+                assert rig.memory.read(pa, 4096) == content
+                thread.join(0.0001)
+            rig.mem.hyp_donate_host(rig.first_pfn, 1)
+    finally:
+        stop.set()
+        thread.join(10)
     rig.sound()
 
 

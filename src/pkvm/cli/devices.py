@@ -39,12 +39,12 @@ def disk(value: str | None, args: argparse.Namespace) -> VirtioDevice:
     from pkvm.vmm.virtio.blk import Block
     from pkvm.vmm.virtio.disk import Disk
 
-    text = value or ""
-    path = text.removesuffix(",dma")
-    by_dma = path != text
-    text, path = path, path.removesuffix(",ro")
-    disk = Disk(path, read_only=path != text)
-    return Block(disk, identity=path.rpartition("/")[2], by_dma=by_dma)
+    path, flags = value or "", set()
+    while path.endswith((",ro", ",dma")):
+        path, _, flag = path.rpartition(",")
+        flags.add(flag)
+    disk = Disk(path, read_only="ro" in flags)
+    return Block(disk, identity=path.rpartition("/")[2], by_dma="dma" in flags)
 
 
 def rng(value: str | None, args: argparse.Namespace) -> VirtioDevice:
