@@ -15,6 +15,7 @@ vector, taken if the CPU has HCR_EL2.TSC set, else EL3 gets it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -88,11 +89,14 @@ class HostCpus:
     """All of them; `boot` runs from the start, its bus is the machine's `host_bus`.
 
     A CPU that was told to start comes up when the SMC that said so has ended; with `slow` set,
-    when `come_up` is called. Not safe for threads: whoever makes an SMC holds the host's lock.
+    when `come_up` is called. CPUs may call at the same time; EL3 and the secure world expect that
+    whoever calls them lets one in at a time, as EL2 does.
     """
 
     def __init__(self, memory: PhysicalMemory, host_bus: Bus, recorder: Recorder) -> None:
         self._record = recorder.record
+        self._lock = threading.Lock()
+        """Held while a CPU's power changes."""
         others = [Bus(memory, f"host-cpu{index}", host_bus) for index in range(1, NR_HOST_CPUS)]
         self.cpus = tuple(HostCpu(index, bus) for index, bus in enumerate([host_bus, *others]))
         self.boot = self.cpus[0]
@@ -125,35 +129,40 @@ class HostCpus:
 
     def start(self, cpu: HostCpu, pc: int, x0: int) -> None:
         """EL3 powers `cpu` up; it will come up at PA `pc` with `x0`."""
-        cpu.power = Affinity.ON_PENDING
-        cpu.reset(pc, x0)
-        self._join()
+        with self._lock:
+            cpu.power = Affinity.ON_PENDING
+            cpu.reset(pc, x0)
+            self._join()
 
     def stop(self, cpu: HostCpu) -> None:
         """EL3 powers `cpu` down; it keeps nothing."""
-        cpu.power = Affinity.OFF
-        cpu.reset(0, 0)
-        self._join()
-        self._record(CpuPower(cpu.index, "off"))
+        with self._lock:
+            cpu.power = Affinity.OFF
+            cpu.reset(0, 0)
+            self._join()
+            self._record(CpuPower(cpu.index, "off"))
 
     def suspend(self, cpu: HostCpu, pc: int, x0: int) -> None:
         """EL3 powers `cpu` down until `wake`, when it comes up at PA `pc` with `x0`."""
-        cpu.suspended = True
-        cpu.reset(pc, x0)
-        self._record(CpuPower(cpu.index, "suspend"))
+        with self._lock:
+            cpu.suspended = True
+            cpu.reset(pc, x0)
+            self._record(CpuPower(cpu.index, "suspend"))
 
     def wake(self, cpu: HostCpu) -> None:
         """An interrupt for `cpu`: if it is suspended it comes up."""
-        if cpu.suspended:
-            cpu.suspended = False
-            self._run(cpu, "resume")
+        with self._lock:
+            if cpu.suspended:
+                cpu.suspended = False
+                self._run(cpu, "resume")
 
     def come_up(self) -> None:
         """The CPUs that were told to start do."""
-        for cpu in self.cpus:
-            if cpu.power == Affinity.ON_PENDING:
-                cpu.power = Affinity.ON
-                self._run(cpu, "on")
+        with self._lock:
+            for cpu in self.cpus:
+                if cpu.power == Affinity.ON_PENDING:
+                    cpu.power = Affinity.ON
+                    self._run(cpu, "on")
 
     def _join(self) -> None:
         """TLBI reaches the CPUs that have power; the others have nothing cached."""
