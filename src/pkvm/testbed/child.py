@@ -3,27 +3,29 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+_BOUND = """\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL: prctl(2)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("the parent ended before")
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]} cannot be run: {error.strerror}")
+"""
 
 
-def die_with_parent() -> Callable[[], None]:
-    """For a child to do first (`preexec_fn`): have the kernel kill it when the thread that starts
-    it ends, the main thread with its process. Only Linux knows how; elsewhere nothing happens.
+def bound(command: Sequence[str]) -> list[str]:
+    """`command` as one that the kernel kills when the thread that starts it ends, which for the
+    main thread is the end of this process.
+
+    Only Linux knows how; elsewhere it is `command` itself. The process stays the same one. A
+    `preexec_fn` would do it in fewer steps, and is not safe where there are threads.
     """
     if sys.platform != "linux":
-        return lambda: None
-    prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != parent:  # it ended before
-            os._exit(1)
-
-    return prepare
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _BOUND, str(os.getpid()), *command]

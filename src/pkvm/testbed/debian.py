@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pkvm.testbed import cache
-from pkvm.testbed.child import die_with_parent
+from pkvm.testbed.child import bound
 
 ARCHITECTURE = "arm64"
 SUITES = ("trixie", "trixie-backports")
@@ -249,14 +249,13 @@ class Packages:
         ours = ("--config-file", str(self._apt / "apt.conf")) if tool.startswith("apt") else ()
         try:
             done: subprocess.CompletedProcess[str] = subprocess.run(
-                (tool, *ours, *arguments),
+                bound((tool, *ours, *arguments)),
                 check=False,
                 capture_output=True,
                 text=True,
                 cwd=folder,
                 env={**os.environ, "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent(),
                 timeout=TOOL_SECONDS,
             )
         except subprocess.TimeoutExpired as error:

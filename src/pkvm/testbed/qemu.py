@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pkvm.testbed.base import BedError
-from pkvm.testbed.child import die_with_parent
+from pkvm.testbed.child import bound
 
 PROGRAM = "qemu-system-aarch64"
 PACKAGE = "qemu-system-arm"
@@ -113,13 +113,12 @@ class Process:
             numbers = {name: end.fileno() for name, end in theirs.items()}
             argv = command(numbers)
             self._process = subprocess.Popen(
-                argv,
+                bound(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(*numbers.values(), *files),
                 start_new_session=True,
-                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             self._close_sockets()

@@ -29,7 +29,7 @@ from pkvm.testbed.base import (
     package_files,
     silent,
 )
-from pkvm.testbed.child import die_with_parent
+from pkvm.testbed.child import bound
 
 SSH = ("ssh", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15")
 LOST = 255
@@ -161,12 +161,11 @@ class SshBed(Bed):
         command = [*self._program, "--", self.destination, script]
         try:
             process = subprocess.Popen(
-                command,
+                bound(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
-                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             raise BedError(f"{command[0]} cannot be run: {error.strerror}") from error
