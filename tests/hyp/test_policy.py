@@ -90,6 +90,28 @@ def test_android_chooses_when_the_vcpu_is_made() -> None:
     assert guest.vcpu(0).power == Affinity.ON
 
 
+def test_android_stays_a_vm_with_firmware_when_the_guest_has_done_with_it() -> None:
+    """Giving up the firmware lets the host start no vCPU where it likes."""
+    el2 = El2(policy=ANDROID)
+    call = [
+        word
+        for number, value in enumerate((Function.MEM_RELINQUISH, FIRMWARE_IPA, 0, 0))
+        for word in a64.mov(number, value)
+    ]
+    guest = Guest(el2, [*call, a64.HVC, a64.WFI], vcpus=1, created_vcpus=2)
+    assert guest.run() == ExitCode.TRAP
+    assert (guest.ec(), guest.vm.firmware_loaded) == (0x16, 1)
+    page = el2.shared_page({HostVcpu.VCPU_ID: 1, HostVcpu.VCPU_IDX: 1, HostVcpu.PC: RAM_IPA})
+    args = (guest.handle, page, el2.pages(VCPU_AREA_BYTES // 4096))
+    el2.assert_refused(errno.EINVAL, HostCall.INIT_VCPU, *args, check_name="primary", tables=False)
+    el2.call(HostCall.VCPU_LOAD, guest.handle, 0, 0)
+    el2.call(HostCall.HOST_DONATE_GUEST, el2.pages() >> 12, FIRMWARE_IPA >> 12, 1)
+    el2.call(HostCall.VCPU_PUT)
+    assert guest.run() == ExitCode.TRAP
+    assert el2.engine.args() == (0, 0, 0, 0)
+    el2.sound()
+
+
 def test_android_without_firmware_starts_every_vcpu_that_is_runnable() -> None:
     el2 = El2(policy=ANDROID)
     guest = Guest(el2, [a64.WFI], firmware=False, created_vcpus=3)
