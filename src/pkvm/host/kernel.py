@@ -382,6 +382,25 @@ class HostKernel:
             vcpu.mutex.acquire()
             vcpu.mutex.release()
         self._call(-1, "exit_mmap", unmap_all)
+        if self._ffa is not None:
+            self._close_ffa(self._ffa)
+
+    def _close_ffa(self, driver: FfaDriver) -> None:
+        """Take the FF-A buffers back, if nothing else of EL2's has come to be in them."""
+        from pkvm.host.ffa import FfaCallError  # it is there if there is a driver
+
+        pages, self._ffa, self._ffa_pages = self._ffa_pages, None, None
+        try:
+            driver.unmap_buffers()
+        except (FfaCallError, ValueError) as error:
+            self._host.el2.say(f"FF-A buffers are leaked: {error}")
+            return
+        self._lock.enter()
+        try:
+            if pages is not None:
+                self._host.pages.free(pages, 2)
+        finally:
+            self._lock.leave()
 
     def _call(self, fd: int, name: str, make: Callable[[], int]) -> int:
         """A system call that is not an ioctl: under the kernel lock, and announced. `fd` -1 means
