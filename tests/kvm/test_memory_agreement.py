@@ -10,8 +10,11 @@ import errno
 import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pkvm.kvm.dev_kernel import DevKernel
 from pkvm.kvm.kernel import Kernel, Memory
@@ -136,6 +139,46 @@ def test_anonymous_memory_has_no_alias(kernels: tuple[Kernel, Kernel], backing: 
             "EBADF", "00",  # a read of /dev/zero, which has a descriptor
         )  # fmt: skip
         memory.close()
+
+
+PARTS = st.tuples(st.integers(0, 5), st.integers(1, 6)).map(
+    lambda part: (part[0] * PAGE, min(part[1], 6 - part[0]) * PAGE)
+)
+STEPS = st.one_of(
+    st.tuples(st.just("change"), st.sampled_from(Change), PARTS),
+    st.tuples(st.sampled_from(["write", "forced_write"]), st.integers(0, 255), PARTS),
+    st.tuples(st.sampled_from(["read", "forced_read"]), st.sampled_from(WAYS), PARTS),
+    st.tuples(st.just("alias"), st.none(), st.none()),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(backing=st.sampled_from(KINDS), steps=st.lists(STEPS, max_size=12))
+def test_any_steps(kernels: tuple[Kernel, Kernel], backing: Backing, steps: list[Any]) -> None:
+    seen = []
+    for kernel in kernels:
+        memories = [kernel.mmap(6 * PAGE, backing)]
+        ends = []
+        for number, (name, argument, part) in enumerate(steps):
+            memory = memories[number % len(memories)]
+            match name:
+                case "change":
+                    ends.append(end_of(memory, name, argument, *part))
+                case "alias":
+                    if backing.has_file:
+                        memories.append(memory.alias())
+                case "write" | "forced_write":
+                    data = bytes([argument]) * (part[1] - 1)
+                    ends.append(end_of(memory, name, part[0], data))
+                case "read":
+                    ends.append(end_of(memory, name, *part))
+                case "forced_read":
+                    ends.append(end_of(memory, name, *part, argument))
+        for memory in memories:
+            ends += [end_of(memory, "read", page * PAGE, PAGE) for page in range(6)]
+            memory.close()
+        seen.append(ends)
+    assert seen[0] == seen[1]
 
 
 def test_a_childs_memory_is_a_copy(kernels: tuple[Kernel, Kernel]) -> None:

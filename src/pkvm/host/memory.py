@@ -8,7 +8,7 @@ system call. Whatever else is done is one of the kernel's, which is handed in.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -136,7 +136,7 @@ class HostMemory:
             self._calls.device_write(self._block(offset, len(data)), data)
             return
         done = 0
-        for pa, at, count in self._forced_pieces(offset, len(data), way):
+        for pa, at, count in self._forced_pieces(offset, len(data), way, write=True):
             part = data[done : done + count]
             self._forced(pa, at, partial(_swapped, self._bus.write, part))
             done += count
@@ -213,25 +213,30 @@ class HostMemory:
             raise OSError(errno.EINVAL, "a disk reads and writes whole blocks")
         return self.address + offset
 
-    def _forced_pieces(self, offset: int, length: int, way: Forced) -> list[tuple[int, int, int]]:
-        """(PA, user address, bytes) of what the kernel finds there; it minds no protection. Raises
-        EIO by /proc/self/mem, else EFAULT, where nothing is mapped or nobody may look."""
+    def _forced_pieces(
+        self, offset: int, length: int, way: Forced, *, write: bool = False
+    ) -> Iterator[tuple[int, int, int]]:
+        """(PA, user address, bytes) of what the kernel finds there, piece by piece. /proc/self/mem
+        minds no protection but that of shared memory from being written (FOLL_FORCE). Raises EIO
+        by that way, else EFAULT, where nothing is mapped or nobody may look."""
         number = errno.EIO if way is Forced.PROC_MEM else errno.EFAULT
         base = self._object if way is Forced.FILE else self.address
         if not base:
             raise OSError(errno.EBADF, f"{self.backing.words} has no descriptor")
-        found, at, end = [], base + offset, base + offset + length
+        at, end = base + offset, base + offset + length
         while at < end:
             try:
                 mapping = self._users.find(at, 1)
             except OSError as error:
                 raise OSError(number, f"{way.value}: nothing is mapped at {at:#x}") from error
-            if mapping.backing.plain_errno or not (mapping.readable or way is Forced.PROC_MEM):
-                raise OSError(number, f"{way.value}: {at:#x} may not be read")
+            allowed = mapping.writable if write else mapping.readable
+            if way is Forced.PROC_MEM and not (write and mapping.backing.shared):
+                allowed = True
+            if mapping.backing.plain_errno or not allowed:
+                raise OSError(number, f"{way.value}: {at:#x} may not be touched")
             stop = min(end, mapping.end)
-            found.append((mapping.pa + at - mapping.address, at, stop - at))
+            yield mapping.pa + at - mapping.address, at, stop - at
             at = stop
-        return found
 
     def _forced(self, pa: int, address: int, access: Callable[[int], T]) -> T:
         """`access` at `pa`, as often as it takes to have all pages back."""

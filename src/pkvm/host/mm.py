@@ -141,12 +141,8 @@ class UserSpace:
             fresh.whole = False
             self.unmap(address, length)
             self._put([], [fresh])
-        elif sum(mapping.length for mapping in inside) < length:
-            raise OSError(errno.ENOMEM, f"{what.value}: nothing is mapped in a part of that")
         else:
-            self._changing(inside)
-            for mapping in inside:
-                self._change_one(what, mapping)
+            self._change_all(what, inside, address, length)
 
     def move(self, address: int, length: int) -> int:
         """mremap to a new address, which is returned. Raises EFAULT where nothing
@@ -250,6 +246,20 @@ class UserSpace:
                 done += count
         except self.bus_faults as fault:
             raise OSError(errno.EFAULT, f"copy to user {address:#x}: {fault}") from fault
+
+    def _change_all(self, what: Change, inside: list[Mapping], start: int, length: int) -> None:
+        """mprotect, mlock or madvise of what is mapped, in order. At a hole madvise goes on, the
+        others stop; both raise ENOMEM."""
+        hole = OSError(errno.ENOMEM, f"{what.value}: nothing is mapped in a part of that")
+        stops = what in _RIGHTS or what in (Change.LOCK, Change.POPULATE)
+        for mapping in inside:
+            if stops and mapping.address != start:
+                raise hole
+            start = mapping.end if stops else start
+            self._changing([mapping])
+            self._change_one(what, mapping)
+        if sum(mapping.length for mapping in inside) < length:
+            raise hole
 
     def _change_part(self, what: Change, mapping: Mapping, address: int, length: int) -> None:
         """A change of a part of a huge page (hugetlb). Raises EINVAL for most."""

@@ -178,15 +178,15 @@ def forced_read(way: Forced, address: int, length: int, fd: int, offset: int) ->
     if way is Forced.PROCESS_VM:
         target = ctypes.create_string_buffer(length)
         local, remote = _iovec(ctypes.addressof(target), length), _iovec(address, length)
-        count = call("process_vm_readv", os.getpid(), local, 1, remote, 1, 0)
-        return target.raw[:count]
+        _whole(call("process_vm_readv", os.getpid(), local, 1, remote, 1, 0), length)
+        return target.raw
     if way is Forced.DEVICE:
         with _direct() as (plain, direct):
             count = os.pwrite(direct, view(address, length), 0)
             return os.pread(plain, count, 0)
     with _pipe() as (reader, writer):
-        count = call("vmsplice", writer, _iovec(address, length), 1, 0)
-        return os.read(reader, count)
+        _whole(call("vmsplice", writer, _iovec(address, length), 1, 0), length)
+        return os.read(reader, length)
 
 
 def forced_write(way: Forced, address: int, data: bytes, fd: int, offset: int) -> None:
@@ -202,7 +202,7 @@ def forced_write(way: Forced, address: int, data: bytes, fd: int, offset: int) -
     elif way is Forced.PROCESS_VM:
         source = ctypes.create_string_buffer(data, len(data))
         local, remote = _iovec(ctypes.addressof(source), len(data)), _iovec(address, len(data))
-        call("process_vm_writev", os.getpid(), local, 1, remote, 1, 0)
+        _whole(call("process_vm_writev", os.getpid(), local, 1, remote, 1, 0), len(data))
     else:
         raise OSError(errno.EINVAL, "vmsplice only reads")
 
@@ -220,6 +220,12 @@ def _direct() -> Iterator[tuple[int, int]]:
             os.close(direct)
     finally:
         os.close(plain)
+
+
+def _whole(count: int, length: int) -> None:
+    """Raise EFAULT if a part could not be reached, which the kernel says by a smaller count."""
+    if count < length:
+        raise OSError(errno.EFAULT, f"{count} of {length} bytes could be reached")
 
 
 def _iovec(address: int, length: int) -> ctypes.Array[ctypes.c_char]:
