@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fakes.el2_rig import El2
 from fakes.memory_rig import Rig
+from pkvm.arm64.smmu import ABORT_STE
 from pkvm.check.invariants import check, check_hyp
 from pkvm.hyp.abi import SMMU_EVENTS_A_CALL, HostCall, HostSmmuEvents
 from pkvm.hyp.errors import Errno
@@ -191,6 +192,16 @@ def test_domains_and_streams_that_are_not_there(el2: El2) -> None:
     el2.assert_refused(errno.EBUSY, ATTACH, DOMAIN + 1, DMA_STREAM)
     el2.assert_refused(errno.EINVAL, DETACH, DOMAIN + 1, DMA_STREAM)
     el2.assert_refused(errno.EBUSY, FREE, DOMAIN)
+
+
+def test_a_stream_that_el2_has_blocked_is_not_the_hosts_to_move(el2: El2) -> None:
+    make_domain(el2)
+    smmu = el2.hyp.mem.smmu
+    assert smmu is not None
+    smmu.configure(DMA_STREAM, ABORT_STE)
+    el2.assert_refused(errno.EBUSY, ATTACH, DOMAIN, DMA_STREAM)
+    el2.assert_refused(errno.EINVAL, DETACH, DOMAIN, DMA_STREAM)
+    assert faults(el2.device(), el2.pages())
 
 
 def test_tables_are_paid_by_the_host_and_come_back(el2: El2) -> None:

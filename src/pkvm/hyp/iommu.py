@@ -74,10 +74,12 @@ class Iommu:
 
     def attach(self, number: int, stream: int) -> None:
         """Have a stream follow a domain, from the identity domain. Raises Refused(EBUSY) if it
-        follows another one."""
+        is anywhere else, or blocked."""
         domain = self._domain(number)
-        if self._domain_of(self._known(stream)):
-            raise Refused(Errno.EBUSY, "attached", f"stream {stream:#x} is in a domain already")
+        identity = self._mem.host.identity
+        if identity is None or self._smmu.ste(self._known(stream)) != identity.ste:
+            why = f"stream {stream:#x} is not in the identity domain"
+            raise Refused(Errno.EBUSY, "attached", why)
         self._smmu.configure(stream, stage2_ste(domain.stage2.vttbr, domain.stage2.vtcr))
 
     def detach(self, number: int, stream: int) -> None:
