@@ -196,6 +196,9 @@ def test_a_shell(leave: bytes) -> None:
         os.write(ours, b"echo $((6 * 7)); tty\r")
         while b"42\r\n/dev/ttyAMA0\r\n" not in seen:
             seen += os.read(ours, 4096)
+        os.write(ours, b"\x1d?")
+        while seen.count(b"Ctrl-] then q ends the test bed") < 2:
+            seen += os.read(ours, 4096)
         os.write(ours, leave)
         assert process.wait(SECONDS) == (3 if b"exit" in leave else 0)
     os.close(ours)

@@ -182,6 +182,7 @@ def _shell(bed: Bed) -> int:
     fd = sys.stdin.fileno()
     keys = Keys(DEFAULT_ESCAPE)
     size = os.get_terminal_size(sys.stdout.fileno())
+    help_line = f"[pkvm] {key_name(DEFAULT_ESCAPE)} then q ends the test bed, as exit does"
 
     def read() -> bytes | None:
         typed = os.read(fd, 4096)
@@ -193,11 +194,13 @@ def _shell(bed: Bed) -> int:
                 return None
             if isinstance(part, bytes):
                 data += part
+            else:
+                terminal.write(f"\r\n{help_line}\r\n".encode())
         return bytes(data)
 
     if isinstance(bed, SshBed):
         return bed.shell(Terminal(fd, size.lines, size.columns, read, terminal.write))
-    terminal.write_line(f"[pkvm] {key_name(DEFAULT_ESCAPE)} then q ends the test bed, as exit does")
+    terminal.write_line(help_line)
     raw = RawMode(fd, output=True)
     try:
         return bed.shell(Terminal(fd, size.lines, size.columns, read, terminal.write))
