@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pkvm
-from pkvm.check import agreement_picture, bed_run, recorded
+from pkvm.check import agreement_picture, bed_run, model_run, recorded
 from pkvm.check.comparison import Comparison, Pair, Verdict, compare
 from pkvm.check.explanations import EXPLANATIONS
 from pkvm.check.scenarios import TOPICS, record, runner
@@ -72,8 +72,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.record is not None:
         text = record.to_json(theirs.machine, theirs.observations)
         Path(args.record).write_text(text, encoding="utf-8")
-    with pkvm.open(dialect="upstream", clock="virtual") as kvm:
-        ours = runner.run(kvm, topics, seconds=args.seconds)
+    ours = model_run.run(topics, seconds=args.seconds)
     comparison = compare(ours, theirs.observations, EXPLANATIONS)
     if args.svg is not None:
         picture = agreement_picture.svg(comparison, _machine(theirs))

@@ -50,6 +50,18 @@ _PLACES = (
 T = TypeVar("T")
 
 
+After = Callable[[float, Callable[[], None]], Callable[[], object]]
+"""Calls something in so many seconds of the machine's time; what it returns calls that off."""
+
+
+def _after(seconds: float, callback: Callable[[], None]) -> Callable[[], object]:
+    """`After` in real time."""
+    timer = Timer(seconds, callback)
+    timer.daemon = True
+    timer.start()
+    return timer.cancel
+
+
 class HungError(Exception):
     """The scenario took too long and was stopped."""
 
@@ -75,7 +87,13 @@ class Bench:
     end of its `with` block, in the reverse order."""
 
     def __init__(
-        self, kvm: Kvm, topic: str = "", scenario: str = "", *, seconds: float = SECONDS
+        self,
+        kvm: Kvm,
+        topic: str = "",
+        scenario: str = "",
+        *,
+        seconds: float = SECONDS,
+        after: After | None = None,
     ) -> None:
         self.kvm = kvm
         self.observations: list[Observation] = []
@@ -89,6 +107,7 @@ class Bench:
         self._timer = Timer(seconds, self._expire)
         self._timer.daemon = True
         self._expired = False
+        self._after = after or _after
         self.error: Exception | None = None
         """What the last call raised, None if it returned."""
 
@@ -196,12 +215,11 @@ class Bench:
         where = self.user(memory.address + offset)
         self.call("host store", f"{where}, {data.hex()}", lambda: memory.write(offset, data))
 
-    def kick_after(self, seconds: float, vcpu: Vcpu) -> None:
-        """Let `vcpu` be kicked in so many seconds: for a run that would wait for ever."""
-        timer = Timer(seconds, vcpu.kick)
-        timer.daemon = True
-        timer.start()
-        self._stack.callback(timer.cancel)
+    def kick_after(self, seconds: float, vcpu: Vcpu, *, stuck: bool = False) -> None:
+        """Let `vcpu` be kicked in so many seconds: for a run that would wait for ever, or with
+        `stuck` take one exception after the other, for which a machine's own time may stand."""
+        after = _after if stuck else self._after
+        self._stack.callback(after(seconds, vcpu.kick))
 
     def adopt(self, value: object) -> None:
         """Close a `Vm`, `Vcpu` or `Device` at the end."""

@@ -77,5 +77,5 @@ def bad_first_instruction(bench: Bench) -> None:
         vm = bench.vm(protected=protected, name="" if protected else "other ")
         vcpu = vm.vcpu()
         vcpu.set_reg("pc", FREE)
-        bench.kick_after(0.05, vcpu)
+        bench.kick_after(0.02, vcpu, stuck=True)
         bench.call("KVM_RUN", f"vCPU at an empty address, protected {protected}", vcpu.run)

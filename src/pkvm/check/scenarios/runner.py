@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 
 from pkvm.check.scenarios import PREFIXES, TOPICS
-from pkvm.check.scenarios.bench import SECONDS, Bench, HungError
+from pkvm.check.scenarios.bench import SECONDS, After, Bench, HungError
 from pkvm.check.scenarios.observation import Observation, Outcome
 from pkvm.kvm import Kvm
 
@@ -45,23 +45,30 @@ def run(
     *,
     seconds: float = SECONDS,
     progress: Callable[[str, str], None] | None = None,
+    after: After | None = None,
 ) -> list[Observation]:
     """Run the scenarios of `topics` on the kernel behind `kvm`. `progress` is told topic and
-    scenario before each. Raises UnknownTopicError; whatever a scenario does is in what it saw."""
+    scenario before each; `after` is for a machine whose time is its own. Raises
+    UnknownTopicError; whatever a scenario does is in what it saw."""
     observations: list[Observation] = []
     for topic in topics:
         for name, scenario in scenarios(topic):
             if progress is not None:
                 progress(topic, name)
-            observations += run_one(kvm, topic, name, scenario, seconds)
+            observations += run_one(kvm, topic, name, scenario, seconds, after)
     return observations
 
 
 def run_one(
-    kvm: Kvm, topic: str, name: str, scenario: Scenario, seconds: float = SECONDS
+    kvm: Kvm,
+    topic: str,
+    name: str,
+    scenario: Scenario,
+    seconds: float = SECONDS,
+    after: After | None = None,
 ) -> list[Observation]:
     """What one scenario saw. One that raises, or takes more than `seconds`, says so last."""
-    bench = Bench(kvm, topic, name, seconds=seconds)
+    bench = Bench(kvm, topic, name, seconds=seconds, after=after)
     end = ""
     try:
         with bench:

@@ -99,7 +99,7 @@ def bad_cpu_on(bench: Bench) -> None:
         for target in (7, 0, 0x100, 1 << 24, 1 << 31 | 1, 1 << 32, 1 << 40 | 1, (1 << 64) - 1):
             guest.hvc(Function.CPU_ON_64, target, CODE, 0, says="CPU_ON", show=1)
         guest.hvc(Function.CPU_ON_32, 7, CODE, 0, says="CPU_ON, 32 bits", show=1)
-        guest.hvc(Function.CPU_ON_32, 1 << 32 | 1, CODE, 0, says="CPU_ON, 32 bits", show=1)
+        guest.hvc(Function.CPU_ON_32, 1 << 32 | 7, CODE, 0, says="CPU_ON, 32 bits", show=1)
 
 
 def good_runs_before_cpu_on(bench: Bench) -> None:
