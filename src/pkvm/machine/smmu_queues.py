@@ -8,6 +8,7 @@ acknowledges; a full event queue loses events and says so in EVENTQ_PROD.OVFLG.
 
 from __future__ import annotations
 
+import struct
 from typing import Protocol
 
 from pkvm.arm64.smmu import (
@@ -32,13 +33,13 @@ from pkvm.arm64.smmu import (
     CommandError,
     Reg,
 )
-from pkvm.arm64.stage2 import PAGE_SHIFT
 from pkvm.machine.memory import PhysicalMemory
 from pkvm.machine.smmu_registers import QueueArea, Registers
 from pkvm.machine.tlb import TlbPair
 
 _PROD, _CONS = int(Reg.CMDQ_PROD), int(Reg.CMDQ_CONS)
 _SYNC, _TLBI_S2_IPA = int(Command.SYNC), int(Command.TLBI_S2_IPA)
+_pair = struct.Struct("<4Q").unpack_from
 _CS_RESERVED = 3
 _ALL_STREAMS = 31
 _IGNORED = (Command.PREFETCH_CONFIG, Command.PREFETCH_ADDR)
@@ -67,7 +68,9 @@ class CommandQueue:
         self._area: QueueArea | None = None
         self._runs = False
         """Whether it is on, in RAM, and not stopped by an error."""
-        self._first = self._mask = self._wrap = 0
+        self._octets = memory.words.cast("B")
+        self._start = self._mask = self._wrap = 0
+        """Offset in RAM of the first entry, bytes; and as in `QueueArea`."""
         self.prod = self.cons = 0
         """CMDQ_PROD and CMDQ_CONS; in `registers` they are as of the last `show`."""
 
@@ -81,7 +84,7 @@ class CommandQueue:
         if enabled:
             base = self._registers.read(Reg.CMDQ_BASE, 8)
             self._area = area = QueueArea(self._memory, base, QUEUE_ADDRESS, COMMAND_BYTES)
-            self._first, self._mask, self._wrap = area.first or 0, area.mask, area.wrap
+            self._start, self._mask, self._wrap = (area.first or 0) << 3, area.mask, area.wrap
         self.resume()
 
     def resume(self) -> None:
@@ -98,32 +101,31 @@ class CommandQueue:
 
     def ring(self, prod: int) -> None:
         """CMDQ_PROD was written: execute commands up to it, or to the first bad one. A TLBI of a
-        page and a SYNC are what software issues most, and are spelt out here."""
+        page and then a SYNC, side by side, are what software issues most: they are fetched at once
+        and done right here."""
         self.prod = prod
         if not self._runs:
             if self._area is not None and self._area.first is None:
                 self.resume()
             return
+        cons = self.cons
+        if prod == cons + 2 and not cons & 1:
+            word, address, after, _ = _pair(self._octets, self._start + ((cons & self._mask) << 4))
+            if word & COMMAND_OPCODE == _TLBI_S2_IPA and after == _SYNC:
+                tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
+                if tlb is not None:
+                    tlb.forget(address & TLBI_ADDRESS)
+                self.cons = prod & self._wrap
+                return
         words, wrap = self._memory_words, self._wrap
-        cons = self.cons & wrap
+        cons &= wrap
         prod &= wrap
         while cons != prod:
-            at = self._first + ((cons & self._mask) << 1)
+            at = (self._start >> 3) + ((cons & self._mask) << 1)
             word = words[at]
-            if word != _SYNC:
-                opcode = word & COMMAND_OPCODE
-                if opcode == _TLBI_S2_IPA:
-                    tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
-                    if tlb is not None:
-                        if tlb.has_blocks:
-                            tlb.forget(words[at + 1] & TLBI_ADDRESS)
-                        else:
-                            page = words[at + 1] >> PAGE_SHIFT
-                            tlb.load_pages.pop(page, None)
-                            tlb.store_pages.pop(page, None)
-                elif not self._execute(opcode, word, words[at + 1]):
-                    self._fail(cons, CommandError.ILL)
-                    return
+            if not self._execute(word & COMMAND_OPCODE, word, words[at + 1]):
+                self._fail(cons, CommandError.ILL)
+                return
             cons = cons + 1 & wrap
         self.cons = cons
 
@@ -136,6 +138,10 @@ class CommandQueue:
             bits = (more & CFGI_RANGE) + 1
             first = 0 if bits > _ALL_STREAMS else stream & -(1 << bits)
             self._caches.forget_streams(first, 1 << bits, leaf=False)
+        elif opcode == Command.TLBI_S2_IPA:
+            tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
+            if tlb is not None:
+                tlb.forget(more & TLBI_ADDRESS)
         elif opcode == Command.TLBI_S12_VMALL:
             tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
             if tlb is not None:

@@ -86,14 +86,14 @@ class TlbPair:
     """The translations of one tree: those for loads and those for stores. Not safe for threads:
     whoever owns it has a lock."""
 
-    __slots__ = ("_blocks", "has_blocks", "load_pages", "loads", "store_pages", "stores")
+    __slots__ = ("_blocks", "_load_pages", "_store_pages", "has_blocks", "loads", "stores")
 
     def __init__(self) -> None:
         self.loads = Tlb(Access.READ)
         self.stores = Tlb(Access.WRITE)
         self.has_blocks = False
         """Whether there may be blocks in it."""
-        self.load_pages, self.store_pages = self.loads.pages, self.stores.pages
+        self._load_pages, self._store_pages = self.loads.pages, self.stores.pages
         self._blocks = tuple(
             (shift, table)
             for tlb in (self.loads, self.stores)
@@ -103,8 +103,8 @@ class TlbPair:
     def forget(self, ipa: int) -> None:
         """Drop the translation of `ipa`, the whole block if it was one."""
         page = ipa >> 12
-        self.load_pages.pop(page, None)
-        self.store_pages.pop(page, None)
+        self._load_pages.pop(page, None)
+        self._store_pages.pop(page, None)
         if self.has_blocks:
             for shift, blocks in self._blocks:
                 blocks.pop(ipa >> shift, None)
