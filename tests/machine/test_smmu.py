@@ -386,6 +386,18 @@ class TestCommandQueue:
         assert running.read(s.CMDQ_CONS) == at + 2
         assert running.smmu.tlb_columns()[7][0][2] == []
 
+    def test_a_queue_of_one_entry_at_the_end_of_ram(self, software: Software) -> None:
+        """Its index has a wrap flag and no other bit: a distance of 2 is none."""
+        last = software.memory.ram_end - 32
+        software.start(cr0=0)
+        software.write(s.CMDQ_BASE, last, 8)
+        software.memory.write_u64(last, 0x2A | 7 << 32)
+        software.write(s.CR0, s.CMDQEN)
+        software.write(s.CMDQ_PROD, 2)
+        assert software.read(s.CMDQ_CONS) == 0
+        software.write(s.CMDQ_PROD, 1)
+        assert (software.read(s.CMDQ_CONS), software.read(s.GERROR)) == (1, 0)
+
     def test_a_queue_that_is_no_ram(self, software: Software) -> None:
         software.start(cr0=0)
         software.write(s.CMDQ_BASE, 0x7000_0000 | 4, 8)

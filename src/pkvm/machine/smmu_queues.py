@@ -109,7 +109,7 @@ class CommandQueue:
                 self.resume()
             return
         cons = self.cons
-        if prod == cons + 2 and not cons & 1:
+        if prod == cons + 2 and not cons & 1 and self._mask:
             word, address, after, _ = _pair(self._octets, self._start + ((cons & self._mask) << 4))
             if word & COMMAND_OPCODE == _TLBI_S2_IPA and after == _SYNC:
                 tlb = self._tlbs.get(word >> COMMAND_VMID_SHIFT & COMMAND_VMID_MASK)
