@@ -71,6 +71,26 @@ class Function(IntEnum):
     MEM_RELINQUISH = 0xC600_0009
     MMIO_RGUARD_MAP = 0xC600_000A
     MMIO_RGUARD_UNMAP = 0xC600_000B
+    DEV_REQ_DMA = 0xC600_003D
+    PVIOMMU_OP = 0xC600_003E
+    DEV_REQ_MMIO = 0xC600_003F
+
+
+class PviommuOp(IntEnum):
+    """X1 of PVIOMMU_OP; its other arguments are in X2 to X6."""
+
+    ATTACH = 0
+    """(pvIOMMU, vSID, PASID, domain) -> SUCCESS."""
+    DETACH = 1
+    """As ATTACH."""
+    ALLOC_DOMAIN = 2
+    """() -> SUCCESS and the domain in X1."""
+    FREE_DOMAIN = 3
+    """(domain) -> SUCCESS."""
+    MAP = 4
+    """(domain, IOVA, IPA, bytes, prot) -> SUCCESS and in X1 the bytes mapped, maybe not all."""
+    UNMAP = 5
+    """(domain, IOVA, bytes) -> SUCCESS and in X1 the bytes unmapped."""
 
 
 TRNG_VERSION_1_0 = 0x1_0000

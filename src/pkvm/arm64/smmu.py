@@ -176,13 +176,13 @@ STE2_VTCR_MASK = 0x7_FFFF
 STE3_S2TTB = 0x000F_FFFF_FFFF_FFF0
 
 
-def stage2_ste(vttbr: int, vtcr: int) -> tuple[int, int, int, int]:
+def stage2_ste(vttbr: int, vtcr: int, *, records: bool = True) -> tuple[int, int, int, int]:
     """The first four words of an STE that translates by the tree of these register values, and
-    records its faults; the other four are 0."""
+    maybe records its faults; the other four are 0."""
     return (
         STE0.encode(V=1, Config=Config.STAGE2),
         0,
-        STE2.encode(S2VMID=vttbr >> VTTBR_VMID_SHIFT, S2AA64=1, S2PTW=1, S2R=1)
+        STE2.encode(S2VMID=vttbr >> VTTBR_VMID_SHIFT, S2AA64=1, S2PTW=1, S2R=int(records))
         | (vtcr & STE2_VTCR_MASK) << STE2_VTCR_SHIFT,
         vttbr & VTTBR_BADDR_MASK & STE3_S2TTB,
     )

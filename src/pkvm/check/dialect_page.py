@@ -49,9 +49,10 @@ def page() -> str:
         lines.append(_line([row.topic, *cells]))
     lines += ["", "## Hypercalls that EL2 serves a protected guest", "", _line(["", *names])]
     lines.append(_line(["---"] * (1 + len(names))))
-    functions = sorted(set().union(*(policy.vendor_calls for policy in EL2.values())))
+    served = {name: EL2[name].vendor_calls | EL2[name].device_calls for name in names}
+    functions = sorted(set().union(*served.values()))
     for function in functions:
-        cells = ["yes" if function in EL2[name].vendor_calls else "" for name in names]
+        cells = ["yes" if function in served[name] else "" for name in names]
         lines.append(_line([f"`{function_name(function)}` {function:#010x}", *cells]))
     lines += ["", "## What the host's KVM answers a guest that is not protected", ""]
     lines += [_line(["", *names]), _line(["---"] * (1 + len(names)))]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""P8 for paged domains: what a domain maps is the host's own and pinned (facts §10, §11.3).
+"""P8 for the host's paged domains: what one maps is the host's own and pinned (facts §10, §11.3);
+and what is true of every domain, guests' too (`assignment`).
 
 A domain is few pages among many, so its tree is read by the machine's walker,
 leaf by leaf.
@@ -26,6 +27,8 @@ def pins(view: View) -> Iterator[str]:
     mem = view.mem
     mapped: Counter[int] = Counter()
     for domain in mem.domains.values():
+        if domain.vm:
+            continue
         for iova, level, entry in iter_leaves(mem.memory, _context(domain)):
             pa = entry & ADDRESS_MASK
             if level != LAST_LEVEL or not is_leaf(entry, level):

@@ -27,6 +27,7 @@ from pkvm.arm64.stage2 import (
     VALID,
     level_size,
 )
+from pkvm.check.assignment import assigned_pages
 from pkvm.check.trees import Entries, Numbers, rows_at
 from pkvm.check.view import DMA, HOST, Mask, View, rows_of
 from pkvm.hyp.identity_domain import ATTR_DMA, IDENTITY_VMID
@@ -182,7 +183,13 @@ def _not_ram(view: View, tree: int) -> Iterator[str]:
     the DMA masters nothing, and EL2's own devices nobody."""
     memory, forest = view.mem.memory, view.forest
     devices = view.mem.host.devices if tree == HOST else []
-    withheld = {page for base, size in devices for page in range(base, base + size, PAGE_SIZE)}
+    withheld = {
+        page: ANNOTATION_HYP
+        for base, size in devices
+        for page in range(base, base + size, PAGE_SIZE)
+    }
+    if tree == HOST:
+        withheld |= assigned_pages(view)
     found = list(rows_of(forest.leaves.part(forest.leaves.trees == tree)))
     tables = forest.last.of_tree(tree)
     pas = tables.frames << PAGE_SHIFT
@@ -200,15 +207,14 @@ def _not_ram(view: View, tree: int) -> Iterator[str]:
         if memory.is_ram(ipa, level_size(level)):
             continue
         if ipa in withheld:
-            withheld.remove(ipa)
-            if entry != ANNOTATION_HYP:
-                yield f"P8: the host's entry for {ipa:#x}, a device of EL2's, is {entry:#x}"
+            if entry != withheld.pop(ipa):
+                yield f"P8: the host's entry for {ipa:#x}, a device it has not, is {entry:#x}"
         elif tree == DMA or not entry & VALID:
             yield f"P8: the {view.name(tree)} tree has an entry for {ipa:#x}, no RAM"
         elif entry != ipa | ATTR_DEVICE_RW | page_bit or _touches_ram(view, ipa, level):
             yield f"P3: the host's device entry for {ipa:#x} is {entry:#x}"
     for ipa in sorted(withheld):
-        yield f"P8: the host may map {ipa:#x}, a device of EL2's"
+        yield f"P8: the host may map {ipa:#x}, a device it has not"
 
 
 def _touches_ram(view: View, ipa: int, level: int) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
-from pkvm.check import dma, host_memory, lifecycle, ownership, pgtable, vmemmap
+from pkvm.check import assignment, dma, host_memory, lifecycle, ownership, pgtable, vmemmap
 from pkvm.check.reclaim import PrivacyWatch
 from pkvm.check.snapshot import Snapshot
 from pkvm.check.view import Scratch, View
@@ -42,6 +42,8 @@ RULES: tuple[Callable[[View], Iterator[str]], ...] = (
     dma.pins,
     dma.domain_tables,
     dma.stale_domains,
+    assignment.guest_maps,
+    assignment.assigned_devices,
 )
 """Each yields problems, of which every one begins with the property that it breaks."""
 HYP_RULES: tuple[Callable[[View, Sequence[Vm]], Iterator[str]], ...] = (

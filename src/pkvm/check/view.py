@@ -31,6 +31,7 @@ from pkvm.arm64.stage2 import (
     guest_annotation,
 )
 from pkvm.check.trees import Entries, Forest, Leaves, Numbers, Tree, rows_at
+from pkvm.hyp.assignment import DEVICE_PAGE
 from pkvm.hyp.mem_protect import GuestMemory, MemProtect
 from pkvm.hyp.vmemmap import (
     GUEST_OWNED,
@@ -140,6 +141,8 @@ class View:
         """Number of the first tree that is a guest's."""
         self.forest = Forest(memory, trees)
         self.problems = self.forest.problems
+        self.registers: list[tuple[int, int, int]] = []
+        """(handle, gfn, PA) of the pages of devices' registers that guests map."""
         self.runs = self._guests()
         self.claims: States = scratch.array("claims", self.npages, np.uint8)
         self.expected: Entries = scratch.array("expected", self.npages, np.uint64)
@@ -228,8 +231,11 @@ class View:
         pages = pfns - (self.mem.memory.ram_base >> PAGE_SHIFT)
         outside = (pages < 0) | (pages + sizes > self.npages)
         if outside.any():
-            for tree, gfn, _, entry in rows_of(leaves.part(outside)):
+            for tree, gfn, level, entry in rows_of(leaves.part(outside)):
                 pa = entry & ADDRESS_MASK
+                if level == LAST_LEVEL and entry == pa | DEVICE_PAGE:
+                    self.registers.append((self.forest.trees[tree].handle, gfn, pa))
+                    continue
                 self.problems.append(f"P1: {self.name(tree)} maps PA {pa:#x}, no RAM, at {gfn:#x}")
         states = ((leaves.entries & _SOFT) >> np.uint64(SW_STATE_SHIFT)).astype(np.int64)
         return Runs(leaves.trees, leaves.frames, pages, sizes, states).part(~outside)

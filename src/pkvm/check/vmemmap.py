@@ -9,7 +9,7 @@ import numpy as np
 
 from pkvm.arm64.stage2 import PageState
 from pkvm.check.view import View
-from pkvm.hyp.vmemmap import HOST_PINNED, HOST_SHARED, HOST_SHARED_WITH_HYP
+from pkvm.hyp.vmemmap import GUEST_OWNED, HOST_PINNED, HOST_SHARED, HOST_SHARED_WITH_HYP
 
 
 def share_counts(view: View) -> Iterator[str]:
@@ -38,10 +38,11 @@ def share_counts(view: View) -> Iterator[str]:
 
 
 def refcounts(view: View) -> Iterator[str]:
-    """Refcounts are for pages of EL2's, for pins of pages shared with it, and for mappings for DMA,
-    nothing else."""
+    """Refcounts are for pages of EL2's, for pins of pages shared with it, and for mappings for DMA
+    by host and guests, nothing else."""
     pages = view.counted
-    may = view.is_hyp[pages] | np.isin(view.states[pages], (HOST_SHARED_WITH_HYP, HOST_PINNED))
+    counted = (HOST_SHARED_WITH_HYP, HOST_PINNED, GUEST_OWNED)
+    may = view.is_hyp[pages] | np.isin(view.states[pages], counted)
     wrong = (view.mem.vmemmap.refcounts[pages] != 0) & ~may
     for page in pages[wrong].tolist():
         yield f"refcounts: PA {view.pa(page):#x} is neither EL2's nor shared with it, and has one"

@@ -140,7 +140,7 @@ class Watch:
             self._look_at_identity(pa, state, lost, vm, ipa, problems)
         if state != HOST_SHARED and vmemmap.share_count[page]:
             problems.append(f"P6: PA {pa:#x} has a share count, against its state")
-        if vmemmap.refcount[page] and state not in _COUNTED:
+        if vmemmap.refcount[page] and state not in _COUNTED and not self._is_mapped(state):
             problems.append(f"refcounts: PA {pa:#x} is neither EL2's nor shared with it")
         if self._private[page]:
             if state in (HOST_OWNED, HOST_SHARED_WITH_HYP) and self._grid[page].any():
@@ -148,6 +148,10 @@ class Watch:
             self._private[page] = state == GUEST_OWNED
         elif state == GUEST_OWNED:
             self._private[page] = 1
+
+    def _is_mapped(self, state: int) -> bool:
+        """Whether a page of that state may be mapped by a guest for its device's DMA."""
+        return state == GUEST_OWNED and any(one.vm for one in self._mem.domains.values())
 
     def _look_at_guest(
         self, pa: int, state: int, vm: GuestMemory, ipa: int, problems: list[str]

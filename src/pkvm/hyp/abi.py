@@ -128,6 +128,12 @@ class HostCall(IntEnum):
     IOMMU_EVENTS = 87
     """(page_pa) -> n: the events of the host's devices, oldest first, in a page that is shared with
     EL2 (HostSmmuEvents)."""
+    ASSIGN_DEVICE = 88
+    """(handle, pa, pviommu, vsid) -> 0: give the device with its registers at `pa` to a protected
+    VM, which will know its stream by the last two numbers. The host loses the registers, the device
+    reaches nothing, and is reset. Until the VM's teardown starts. Not in every dialect."""
+    MAP_DEVICE_GUEST = 89
+    """(handle, pa, gfn) -> 0: let the VM at one page of the registers of a device it was given."""
 
 
 class DmaProt(IntFlag):
@@ -141,9 +147,13 @@ class DmaProt(IntFlag):
     """Here nothing is executable."""
     MMIO = 16
     """The page is a device's registers."""
+    PRIV = 32
+    """For privileged transactions; only a guest says so, and here it changes nothing."""
 
 
 MAX_DOMAINS = 64
+MAX_GUEST_DOMAINS = 8
+"""Of each VM."""
 SMMU_EVENT_WORDS = 4
 SMMU_EVENTS_A_CALL = 64
 

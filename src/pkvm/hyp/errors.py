@@ -24,6 +24,7 @@ class Errno(IntEnum):
     EFAULT = 14
     EBUSY = 16
     EEXIST = 17
+    ENODEV = 19
     EINVAL = 22
     ERANGE = 34
     EHWPOISON = 133

@@ -40,8 +40,8 @@ class ForceReclaim(Ownership):
 
         Raises Refused: EFAULT (no RAM); EAGAIN (the host has access, or the VM is gone: try
         again); EPERM (EL2's page, or not private any more); EINVAL (nobody's page); ENOENT,
-        EHWPOISON (the guest has it not); ENOMEM with `pages_needed` (no table page to split a
-        block).
+        EHWPOISON (the guest has it not); EBUSY (mapped for DMA); ENOMEM with `pages_needed` (no
+        table page to split a block).
         """
         with self.lock:
             pfn = pa >> PAGE_SHIFT
@@ -60,6 +60,8 @@ class ForceReclaim(Ownership):
                 raise Refused(Errno.ENOENT, "guest_state", why, ipa=ipa, vm=vm.handle)
             if state != PageState.OWNED:
                 raise self._guest_state_refusal(vm, ipa, state, PageState.OWNED)
+            if self.vmemmap.refcount[page]:
+                raise Refused(Errno.EBUSY, "refcount", "the guest's devices use the page", pa=pa)
             if level < LAST_LEVEL:
                 index, entry = self._split_to_page(vm, ipa, level)
             if entry & ADDRESS_MASK != pfn << PAGE_SHIFT or self._state[page] != GUEST_OWNED:

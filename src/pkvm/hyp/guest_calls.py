@@ -26,6 +26,8 @@ from pkvm.hyp.mem_protect import GuestMemory, MemProtect
 from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.policy import Policy, Unmapped
 from pkvm.hyp.psci import Call, Psci
+from pkvm.hyp.pviommu import Call as DeviceCall
+from pkvm.hyp.pviommu import Pviommu
 from pkvm.hyp.trng import Trng
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
@@ -60,6 +62,7 @@ class GuestCalls:
         nonprotected: NonProtected,
         recorder: Recorder,
         policy: Policy,
+        pviommu: Pviommu | None,
     ) -> None:
         self._engine = engine
         self._mem = mem
@@ -95,6 +98,9 @@ class GuestCalls:
                 self.services |= Trng(exits).table
         for function in policy.vendor_calls:
             self.services[function] = vendor[function]
+        if pviommu is not None:
+            for function in policy.device_calls:
+                self.services[function] = self._about_devices(function, pviommu.table[function])
 
     def _arch_features(self, vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results:
         there = x1 & _W_MASK in _ARCH_FEATURES
@@ -181,18 +187,32 @@ class GuestCalls:
                 done = transition(vcpu.vm, ipa, granules or 1)
             except Refused as refused:
                 if op == "mem_share" and refused.errno == self._policy.memory.unmapped:
-                    return self._unmapped(vcpu, refused)
+                    return self._unmapped(op, vcpu, refused)
                 return self._refused(op, vcpu, refused)
             return (SUCCESS, done, 0, 0) if has_range else _DONE
 
         return service
 
-    def _unmapped(self, vcpu: Vcpu, refused: Refused) -> Results | None:
-        """MEM_SHARE of a frame without a page. Where the guest expects a device there will be
+    def _about_devices(self, function: Function, call: DeviceCall) -> Service:
+        """What the guest maps for DMA, or asks about, is there first."""
+        op = function.name.lower()
+
+        def service(vcpu: Vcpu, x1: int, x2: int, x3: int) -> Results | None:
+            try:
+                return call(vcpu.vm, x1, x2, x3)
+            except Refused as refused:
+                if refused.errno == self._policy.memory.unmapped:
+                    return self._unmapped(op, vcpu, refused)
+                return self._refused(op, vcpu, refused)
+
+        return service
+
+    def _unmapped(self, op: str, vcpu: Vcpu, refused: Refused) -> Results | None:
+        """A call about a frame without a page. Where the guest expects a device there will be
         none."""
         wish = self._policy.unmapped_share
         if wish is Unmapped.REFUSED or vcpu.vm.stage2.leaf(refused.ipa)[0]:
-            return self._refused("mem_share", vcpu, refused)
+            return self._refused(op, vcpu, refused)
         self._again()
         if wish is Unmapped.REQUEST:
             self._ask(vcpu, HypRequest.MAP, 1, refused.ipa)

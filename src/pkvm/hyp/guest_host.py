@@ -53,8 +53,8 @@ class GuestHost(Ownership):
 
     They raise Refused: EINVAL (not aligned, none, wrapping), ERANGE (beyond the IPA space), EFAULT
     (upstream: ENOENT; a page is not mapped, and the refusal's `ipa` says which), EHWPOISON (the
-    host took it by force), EPERM (a page is in another state), ENOMEM with `pages_needed` (no table
-    page to split a block).
+    host took it by force), EPERM (a page is in another state), EBUSY (mapped for DMA), ENOMEM with
+    `pages_needed` (no table page to split a block).
     """
 
     def guest_share_host(self, vm: GuestMemory, ipa: int, nr: int) -> int:
@@ -72,6 +72,8 @@ class GuestHost(Ownership):
                     page = (pa >> PAGE_SHIFT) - self._first_pfn
                     if self._state[page] != GUEST_OWNED:
                         raise self._wrong_state(page, GUEST_OWNED)
+                    if self._refcount[page]:
+                        raise self._pinned(vm, ipa)
                     self.host.give_page(pa)
                     self._state[page] = GUEST_SHARED_WITH_HOST
                     self._words[index] = entry | _SHARED
@@ -154,11 +156,18 @@ class GuestHost(Ownership):
         wrong = self.vmemmap.states[pages] != host_states
         if wrong.any():
             raise self._wrong_state(int(pages[np.argmax(wrong)]), host_states)
+        pinned = self.vmemmap.refcounts[pages] != 0
+        if pinned.any():
+            raise self._pinned(vm, gfn + int(np.argmax(pinned)) << PAGE_SHIFT)
         splits = splits_to_pages(stage2, gfn, nr)
         self._check_tables(vm, len(splits))
         for ipa in splits:
             stage2.split(ipa)
         return pfns
+
+    def _pinned(self, vm: GuestMemory, ipa: int) -> Refused:
+        why = "the page is mapped for DMA"
+        return Refused(Errno.EBUSY, "refcount", why, ipa=ipa, vm=vm.handle)
 
     def _check_guest_states(
         self, vm: GuestMemory, gfn: int, nr: int, found: Leaves, wanted: PageState

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pkvm.arm64.gic import VTR_VALUE
 from pkvm.events import HostHypercall
 from pkvm.hyp.abi import HostCall
+from pkvm.hyp.assignment import Assignment
 from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.iommu import Iommu
@@ -47,6 +48,7 @@ class HostCalls:
         life: Lifecycle,
         donation: Donation,
         iommu: Iommu | None,
+        assignment: Assignment | None,
     ) -> None:
         self._mem = mem
         self._vms = vms
@@ -100,7 +102,13 @@ class HostCalls:
             if call not in absent
         }
         if iommu is not None:
-            self.table |= _iommu_calls(iommu)
+            self.table |= _iommu_calls(mem, iommu)
+        if assignment is not None:
+            for call, arity, handler in (
+                (HostCall.ASSIGN_DEVICE, 4, assignment.assign),
+                (HostCall.MAP_DEVICE_GUEST, 3, assignment.map_page),
+            ):
+                self.table[call] = Entry(call.name, arity, handler, HostHypercall(call.name, 0))
 
     def _share_guest(self, pfn: int, gfn: int, nr: int, prot: int) -> None:
         self._mem.host_share_guest(self._cpu.loaded(protected=False).vm, pfn, gfn, nr, prot)
@@ -168,10 +176,19 @@ class HostCalls:
         return vm
 
 
-def _iommu_calls(iommu: Iommu) -> dict[int, Entry]:
-    """The calls about DMA."""
+def _iommu_calls(mem: MemProtect, iommu: Iommu) -> dict[int, Entry]:
+    """The calls about DMA. A guest may be running, and change what it shares or maps for DMA: each
+    of them has the lock of memory, too."""
+
+    def locked(handler: Callable[..., int | None]) -> Callable[..., int | None]:
+        def call(*numbers: int) -> int | None:
+            with mem.lock:
+                return handler(*numbers)
+
+        return call
+
     return {
-        call: Entry(call.name, arity, handler, HostHypercall(call.name, 0))
+        call: Entry(call.name, arity, locked(handler), HostHypercall(call.name, 0))
         for call, arity, handler in (
             (HostCall.IOMMU_ALLOC_DOMAIN, 2, iommu.alloc_domain),
             (HostCall.IOMMU_FREE_DOMAIN, 1, iommu.free_domain),

@@ -42,11 +42,12 @@ _ALL = _ACCESS | int(DmaProt.CACHE | DmaProt.NOEXEC | DmaProt.MMIO)
 
 
 class Domain:
-    """An address space for DMA: its tree, and the pages that the host gave for it. `number` is its
-    VMID in the SMMU."""
+    """An address space for DMA: its tree, and where the pages for it come from. `number` is its
+    VMID in the SMMU, `vm` the handle of the VM that made it; 0: the host did."""
 
-    def __init__(self, number: int, stage2: Stage2, memcache: Memcache) -> None:
+    def __init__(self, number: int, stage2: Stage2, memcache: Memcache, vm: int = 0) -> None:
         self.number = number
+        self.vm = vm
         self.stage2 = stage2
         self.memcache = memcache
 
@@ -72,8 +73,9 @@ class HostDma(Ownership):
             first = 0
             if prot & DmaProt.MMIO:
                 device = self.devices.at(pa, nbytes)
-                if device is None:
-                    raise Refused(Errno.EPERM, "device", "there is no such device", pa=pa)
+                if device is None or self.devices.owner(device):
+                    why = "the host has no such device"
+                    raise Refused(Errno.EPERM, "device", why, pa=pa)
             else:
                 first = self._ram_pages(pa >> PAGE_SHIFT, nr)
                 self._check_pinnable(first, nr)
@@ -90,7 +92,7 @@ class HostDma(Ownership):
             else:
                 self.vmemmap.refcounts[first : first + nr] += np.uint16(1)
                 self.vmemmap.states[first : first + nr] = HOST_PINNED
-            entry = np.array([pa | _attributes(prot)], np.uint64)
+            entry = np.array([pa | dma_attributes(prot)], np.uint64)
             write(domain.stage2, run, entry, PAGE_SIZE)
             if device is None:
                 self._record(Transition("host_map_dma", pa, nr, 0, iova))
@@ -147,7 +149,7 @@ class HostDma(Ownership):
             raise Refused(Errno.EBUSY, "refcount", "a page is mapped for DMA too often")
 
 
-def _attributes(prot: int) -> int:
+def dma_attributes(prot: int) -> int:
     """Descriptor bits of a page with `prot`; nobody executes there."""
     attributes = VALID | TABLE_OR_PAGE | SH_INNER | AF | XN_NONE
     attributes |= MEMATTR_DEVICE if prot & DmaProt.MMIO else MEMATTR_NORMAL

@@ -184,6 +184,20 @@ class HostMemory:
         for page in range(base, base + nbytes, PAGE_SIZE):
             self.stage2.put(page, ANNOTATION_HYP)
 
+    def take_device(self, base: int, nbytes: int) -> None:
+        """The host loses the registers of a device of its own to EL2."""
+        for page in range(base, base + nbytes, PAGE_SIZE):
+            self._take_anywhere(page, ANNOTATION_HYP)
+
+    def pass_device_page(self, pa: int, annotation: int) -> None:
+        """Registers that the host has lost are those of whom the annotation names."""
+        self.stage2.put(pa, annotation)
+
+    def give_device(self, base: int, nbytes: int) -> None:
+        """The host may use these registers again; it maps them when it touches them."""
+        for page in range(base, base + nbytes, PAGE_SIZE):
+            self.stage2.put(page, 0)
+
     def attach(self, on_fault: Callable[[int, Access, int], bool]) -> None:
         """Put the host's bus behind its tree; its faults go to `on_fault`."""
         if not self.enforced:

@@ -25,6 +25,7 @@ from pkvm.hyp.abi import (
     ExitCode,
     HostCall,
 )
+from pkvm.hyp.assignment import Assignment
 from pkvm.hyp.donation import Donation
 from pkvm.hyp.errors import Refused
 from pkvm.hyp.exits import Exits
@@ -38,6 +39,7 @@ from pkvm.hyp.mem_protect import MemProtect, Range
 from pkvm.hyp.nonprotected import NonProtected
 from pkvm.hyp.ownership import make_event
 from pkvm.hyp.policy import RFC, Policy
+from pkvm.hyp.pviommu import Pviommu
 from pkvm.hyp.run import PhysicalCpu
 from pkvm.hyp.sysregs import SystemRegisters
 from pkvm.hyp.timer import Timers
@@ -141,7 +143,12 @@ class Hypervisor:
         self.table = VmTable()
         exits = Exits(engine, recorder)
         nonprotected = NonProtected(engine, recorder)
-        calls = GuestCalls(engine, self.mem, exits, nonprotected, recorder, policy)
+        smmu = self.mem.smmu if protected else None
+        assignment = None
+        if smmu is not None and policy.device_calls:
+            assignment = Assignment(self.mem, smmu, self.table, recorder)
+        pviommu = None if assignment is None else Pviommu(engine, assignment)
+        calls = GuestCalls(engine, self.mem, exits, nonprotected, recorder, policy, pviommu)
         vector = Vector(
             engine,
             exits,
@@ -157,11 +164,14 @@ class Hypervisor:
         )
         self._take, self._drop = self.cpu.lock.acquire, self.cpu.lock.release
         ptrauth = has_ptrauth(engine)
-        life = Lifecycle(self.mem, self.table, self.cpu, recorder, policy, ptrauth=ptrauth)
+        life = Lifecycle(
+            self.mem, self.table, self.cpu, recorder, policy, assignment, ptrauth=ptrauth
+        )
         donation = Donation(self.mem, self.cpu, engine, recorder)
-        smmu = self.mem.smmu
-        iommu = None if smmu is None or not protected else Iommu(self.mem, smmu)
-        self._calls = HostCalls(self.mem, self.table, self.cpu, life, donation, iommu).table
+        iommu = None if smmu is None else Iommu(self.mem, smmu)
+        self._calls = HostCalls(
+            self.mem, self.table, self.cpu, life, donation, iommu, assignment
+        ).table
 
     def initialise(self) -> None:
         """Take EL2's memory, and put the host and the devices behind stage-2."""

@@ -124,13 +124,16 @@ class Iommu:
 
     def _domain(self, number: int) -> Domain:
         domain = self._mem.domains.get(number)
-        if domain is None:
+        if domain is None or domain.vm:
             raise Refused(Errno.ENOENT, "domain", f"there is no domain {number:#x}")
         return domain
 
     def _known(self, stream: int) -> int:
-        if self._mem.devices.of_stream(stream) is None:
+        device = self._mem.devices.of_stream(stream)
+        if device is None:
             raise Refused(Errno.ENOENT, "stream", f"there is no stream {stream:#x}")
+        if self._mem.devices.owner(device):
+            raise Refused(Errno.EPERM, "device", f"stream {stream:#x} is a VM's")
         return stream
 
     def _domain_of(self, stream: int) -> int:

@@ -14,6 +14,7 @@ from pkvm.arm64.stage2 import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 from pkvm.events import Recorder, Tlbi, VmLife
 from pkvm.hyp.abi import HANDLE_BASE, MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostVcpu, HostVm
 from pkvm.hyp.area import Area
+from pkvm.hyp.assignment import Assignment
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.id_registers import GUEST_FEATURES
 from pkvm.hyp.mem_protect import MemProtect
@@ -41,10 +42,12 @@ class Lifecycle:
         cpu: PhysicalCpu,
         recorder: Recorder,
         policy: Policy,
+        assignment: Assignment | None,
         *,
         ptrauth: bool,
     ) -> None:
         self._isolation = policy.isolation
+        self._assignment = assignment
         self._ptrauth = ptrauth
         self._mem = mem
         self._table = table
@@ -179,7 +182,8 @@ class Lifecycle:
         return GUEST_FEATURES if self._ptrauth else 0
 
     def start_teardown(self, handle: int) -> None:
-        """From now on the VM runs no more, and its pages may be reclaimed.
+        """From now on the VM runs no more, the devices that it had are the host's, and its pages
+        may be reclaimed.
 
         Raises Refused(EINVAL) if there is no such VM, a vCPU is loaded or it is dying already.
         """
@@ -189,6 +193,8 @@ class Lifecycle:
         if vm.dying:
             raise Refused(Errno.EINVAL, "dying", "the VM is dying already", vm=handle)
         vm.dying = 1
+        if self._assignment is not None:
+            self._assignment.release(vm)
         self._record(VmLife("start_teardown", handle))
 
     def reclaim_page(self, handle: int, gfn: int) -> None:

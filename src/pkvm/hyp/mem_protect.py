@@ -32,6 +32,7 @@ from pkvm.hyp.devices import DeviceTable
 from pkvm.hyp.errors import Errno, HypBug, Refused
 from pkvm.hyp.force_reclaim import ForceReclaim
 from pkvm.hyp.guest_attributes import GuestAttributes
+from pkvm.hyp.guest_dma import GuestDma
 from pkvm.hyp.guest_host import GuestHost
 from pkvm.hyp.host_dma import Domain, HostDma
 from pkvm.hyp.host_ffa import HostFfa
@@ -69,6 +70,7 @@ class MemProtect(
     HostGuest,
     HostFfa,
     HostDma,
+    GuestDma,
     GuestAttributes,
     GuestHost,
     Relinquish,
@@ -141,6 +143,7 @@ class MemProtect(
             vmemmap,
             host,
             ipa_bits=ipa_bits,
+            parange=parange,
             invalidate_code=invalidate_code,
             recorder=recorder,
             policy=policy,
@@ -148,7 +151,7 @@ class MemProtect(
         )
         self.smmu = driver
         self.domains: dict[int, Domain] = {}
-        """Address spaces for DMA that the host made, by number."""
+        """Address spaces for DMA that the host and guests made, by number."""
         self._records_bytes = records
         self._guest_tlbi = guest_tlbi
 

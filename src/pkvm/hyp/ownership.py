@@ -93,6 +93,7 @@ class Ownership:
         host: HostMemory,
         *,
         ipa_bits: int,
+        parange: int,
         invalidate_code: Callable[[int, int], None],
         recorder: Recorder,
         policy: MemoryPolicy,
@@ -102,12 +103,14 @@ class Ownership:
         self.vmemmap = vmemmap
         self.host = host
         self.devices = devices
+        self.parange = parange
         self.lock = threading.RLock()
         self._take, self._drop = self.lock.acquire, self.lock.release
         self.policy = policy
         self._record = recorder.record
         self._invalidate_code = invalidate_code
         self._state = vmemmap.state
+        self._refcount = vmemmap.refcount
         self._words = memory.words
         self._first_pfn = memory.ram_base >> PAGE_SHIFT
         self._npages = vmemmap.npages

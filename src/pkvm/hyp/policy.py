@@ -63,6 +63,9 @@ class Policy:
     vendor_calls: frozenset[Function]
     """KVM's calls that EL2 serves to a protected guest, KVM_FEATURES itself among them: exactly
     those that KVM_FEATURES reports."""
+    device_calls: frozenset[Function]
+    """KVM's calls about devices that the guest was given, which KVM_FEATURES does not report. None:
+    the host gives no devices away."""
     has_range: bool
     """MEM_SHARE and MEM_UNSHARE take a number of granules; else one, and X2 must be 0."""
     unmapped_share: Unmapped
@@ -88,6 +91,7 @@ RFC = Policy(
         firmware_enrolls=False,
     ),
     vendor_calls=_BASIC_CALLS,
+    device_calls=frozenset(),
     has_range=True,
     unmapped_share=Unmapped.REFUSED,
     memory=RFC_MEMORY,
@@ -117,6 +121,7 @@ ANDROID = Policy(
         Function.MMIO_RGUARD_MAP,
         Function.MMIO_RGUARD_UNMAP,
     },
+    device_calls=frozenset({Function.DEV_REQ_DMA, Function.PVIOMMU_OP, Function.DEV_REQ_MMIO}),
     has_range=True,
     unmapped_share=Unmapped.REQUEST,
     memory=ANDROID_MEMORY,
@@ -126,6 +131,7 @@ UPSTREAM = Policy(
     name="upstream",
     isolation=None,
     vendor_calls=_BASIC_CALLS,
+    device_calls=frozenset(),
     has_range=False,
     unmapped_share=Unmapped.FAULT,
     memory=UPSTREAM_MEMORY,

@@ -10,6 +10,7 @@ from pkvm.arm64.stage2 import (
     PAGE_SHIFT,
     PAGE_SIZE,
     PageState,
+    level_size,
 )
 from pkvm.events import Transition
 from pkvm.hyp.errors import Errno, HypBug, Refused
@@ -25,7 +26,8 @@ class Relinquish(Ownership):
         its PA, or None if there was nothing: that is no error.
 
         Raises Refused: EINVAL (not aligned), ERANGE (beyond the IPA space), EPERM (shared),
-        EHWPOISON (the host took it), ENOMEM with `pages_needed` (no table page to split a block).
+        EHWPOISON (the host took it), EBUSY (mapped for DMA), ENOMEM with `pages_needed` (no table
+        page to split a block).
         """
         if ipa & PAGE_MASK:
             why = "the address is not that of a page"
@@ -38,10 +40,13 @@ class Relinquish(Ownership):
                 return None
             if state != PageState.OWNED:
                 raise self._guest_state_refusal(vm, ipa, state, PageState.OWNED)
+            pa = (entry & ADDRESS_MASK) + (ipa & level_size(level) - 1)
+            page = self._page_of(pa >> PAGE_SHIFT)
+            if self.vmemmap.refcount[page]:
+                why = "the page is mapped for DMA"
+                raise Refused(Errno.EBUSY, "refcount", why, ipa=ipa, vm=vm.handle)
             if level < LAST_LEVEL:
                 index, entry = self._split_to_page(vm, ipa, level)
-            pa = entry & ADDRESS_MASK
-            page = self._page_of(pa >> PAGE_SHIFT)
             if self._state[page] != GUEST_OWNED:
                 raise HypBug(f"VM {vm.handle:#x} maps PA {pa:#x} that it does not own")
             stage2.store(ipa, index, entry, 0)
