@@ -13,7 +13,7 @@ from fakes.dialect_rig import Party, party
 from pkvm.arm64.ffa import Function, Status
 from pkvm.arm64.smccc import Function as Smccc
 from pkvm.check.firmware_doors import check_doors
-from pkvm.check.firmware_mutants import weakened
+from pkvm.check.mutants import weakened
 from pkvm.host.ffa import FfaCallError
 from pkvm.machine.secure import PARTITIONS
 from pkvm.machine.secure_partition import Command

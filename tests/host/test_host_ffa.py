@@ -13,7 +13,7 @@ from pkvm.arm64 import ffa
 from pkvm.arm64.ffa import Status
 from pkvm.arm64.psci import Affinity
 from pkvm.check.door import InvariantError
-from pkvm.check.firmware_mutants import weakened
+from pkvm.check.mutants import weakened
 from pkvm.host.ffa import FfaCallError
 from pkvm.machine.secure import PARTITIONS
 from pkvm.machine.secure_partition import Command

@@ -11,7 +11,7 @@ import pytest
 
 from fakes.el2_rig import El2, Guest
 from pkvm.arm64.smmu import Reg
-from pkvm.check.dma_mutants import DMA_MUTANTS, weakened
+from pkvm.check.mutants import dma, weakened
 from pkvm.hyp.abi import HostCall
 from pkvm.machine.machine import DMA_STREAM, SMMU_BASE
 from pkvm.machine.memory import BusError
@@ -119,7 +119,7 @@ ATTACKS: dict[str, Callable[[Target], bool]] = {
 
 
 def test_every_guard_has_its_attack() -> None:
-    assert set(ATTACKS) == set(DMA_MUTANTS)
+    assert set(ATTACKS) == set(dma.MUTANTS)
 
 
 @pytest.mark.parametrize("guard", ATTACKS)

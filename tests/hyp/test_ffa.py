@@ -12,7 +12,7 @@ from pkvm.arm64 import ffa, ffa_memory, smccc
 from pkvm.arm64.ffa import Function, Registers, Status
 from pkvm.arm64.ffa_memory import Constituent
 from pkvm.check.census import census
-from pkvm.check.firmware_mutants import weakened
+from pkvm.check.mutants import weakened
 from pkvm.events import Event, SecureMemory, Transition
 from pkvm.host.ffa import FfaCallError
 from pkvm.hyp.abi import HostCall

@@ -10,7 +10,7 @@ from fakes.el2_rig import PAGE, Guest
 from pkvm.arm64 import psci
 from pkvm.arm64.psci import Affinity, Function
 from pkvm.arm64.registers import HOST_HCR, SCTLR_EL1_MMU_OFF
-from pkvm.check.firmware_mutants import weakened
+from pkvm.check.mutants import weakened
 from pkvm.events import CpuPower
 from pkvm.machine.firmware_psci import POWER_DOWN
 from pkvm.machine.stage2 import Stage2Fault

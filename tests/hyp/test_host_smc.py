@@ -8,7 +8,7 @@ import pytest
 from fakes.doors import Doors
 from pkvm.arm64 import ffa, psci, smccc
 from pkvm.arm64.registers import hcr
-from pkvm.check.firmware_mutants import weakened
+from pkvm.check.mutants import weakened
 from pkvm.events import HostSmc
 from pkvm.machine.firmware import SIP_ECHO
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fakes.isolation import AT_EL0, Leak, Step, Twins
 from pkvm.arm64 import registers as r
-from pkvm.check.mutants import MUTANTS, weakened
+from pkvm.check.mutants import registers, weakened
 from pkvm.hyp.policy import ANDROID, RFC, Policy
 
 MODES = (r.PSTATE_EL1H, r.PSTATE_EL1T, r.PSTATE_EL0T)
@@ -93,7 +93,7 @@ def test_nothing_leaks_on_the_way(policy: Policy) -> None:
     walk(policy)
 
 
-@pytest.mark.parametrize("guard", MUTANTS)
+@pytest.mark.parametrize("guard", registers.MUTANTS)
 def test_spy_or_liar_notices_that_a_guard_is_missing(guard: str) -> None:
     with weakened(guard), pytest.raises(Leak):
         walk(ANDROID)

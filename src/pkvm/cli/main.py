@@ -33,6 +33,7 @@ VERBS = {
     "compare": "run scenarios on the model and on a real kernel, and say where they differ",
     "testbed": "a machine with a real kernel in protected mode: make it, run commands in it",
     "ptdump": "run a guest and print the stage-2 tables in words",
+    "attack": "try a hostile host's attacks on a running protected Linux guest",
 }
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -177,6 +178,16 @@ class HostKernel:
     def free_pages(self) -> int:
         """Pages of RAM that nobody uses."""
         return self._host.pages.free_pages
+
+    @contextmanager
+    def inside(self) -> Iterator[Host]:
+        """The kernel's own state, under its lock: for code that runs in the kernel, as a hostile
+        host's does."""
+        self._lock.enter()
+        try:
+            yield self._host
+        finally:
+            self._lock.leave()
 
     def pa(self, address: int, length: int = 1) -> int:
         """PA of a byte of the VMM's memory, as pagemap tells it to root; `length` bytes from there

@@ -1,41 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""EL2s with one guard missing: what a test that says to see everything must see.
-
-`hyp` has no switch that turns a check off. A mutant replaces a named guard from
-outside, for as long as `weakened` lasts; machines made meanwhile have it. All of
-these are guards of a vCPU's registers (facts §5.4).
-"""
+"""EL2s without one guard of a vCPU's registers (facts §5.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 from pkvm.arm64.bits import MASK64
 from pkvm.arm64.registers import hcr
+from pkvm.check.mutants.install import Install, replaced
 from pkvm.hyp import exits, mmio_guard, power, run, vgic
+from pkvm.hyp.abi import VcpuFlag
 from pkvm.hyp.exits import ExitClass, Exits
 from pkvm.hyp.vcpu import Vcpu
 from pkvm.machine.cpu.engine import CpuEngine
-
-Install = Callable[[ExitStack], None]
-
-
-@contextmanager
-def weakened(name: str) -> Iterator[None]:
-    """EL2 without the guard `name`, one of `MUTANTS`."""
-    with ExitStack() as stack:
-        MUTANTS[name](stack)
-        yield
-
-
-def _set(target: object, attribute: str, value: Any) -> Install:
-    def install(stack: ExitStack) -> None:
-        stack.enter_context(patch.object(target, attribute, value))
-
-    return install
 
 
 def _rule(*kinds: ExitClass, **changes: Any) -> Install:
@@ -85,21 +64,48 @@ def _raw_entropy(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int,
 
 _DATA_ABORTS = (ExitClass.MMIO_READ, ExitClass.MMIO_WRITE, ExitClass.DABT)
 
+
+def _interrupt_advances(stack: ExitStack) -> None:
+    """The host may step over an instruction at an interrupt."""
+    accept = Exits.accept
+
+    def weak(self: Exits, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
+        accept(self, vcpu, kind, flags, x0)
+        if kind == ExitClass.IRQ and flags & VcpuFlag.INCREMENT_PC:
+            self._engine.skip_instruction()
+
+    stack.enter_context(patch.object(Exits, "accept", weak))
+
+
+def _page_read(stack: ExitStack) -> None:
+    """Where the host says that it changed them, the registers are those of its page."""
+    accept = Exits.accept
+
+    def weak(self: Exits, vcpu: Vcpu, kind: int, flags: int, x0: int) -> None:
+        accept(self, vcpu, kind, flags, x0)
+        if flags & VcpuFlag.DIRTY:
+            self._x[:31] = vcpu.page[:31]
+
+    stack.enter_context(patch.object(Exits, "accept", weak))
+
+
 MUTANTS: dict[str, Install] = {
-    "FAR shows the page offset only": _set(exits, "_DABT_FAR", MASK64),
-    "SCTLR_EL1 shows endianness only": _set(exits, "_DABT_ENDIAN", MASK64),
+    "FAR shows the page offset only": replaced(exits, "_DABT_FAR", MASK64),
+    "SCTLR_EL1 shows endianness only": replaced(exits, "_DABT_ENDIAN", MASK64),
     "the register of an access is hidden": _rule(
         ExitClass.MMIO_READ, ExitClass.MMIO_WRITE, esr=exits._WHOLE_ESR
     ),
     "an abort that is no device's has no syndrome": _rule(ExitClass.DABT, esr=exits._WHOLE_ESR),
     "the register of MRS is hidden": _rule(ExitClass.SYSREG_READ, esr=exits._WHOLE_ESR),
     "the register of MSR is hidden": _rule(ExitClass.SYSREG_WRITE, esr=exits._WHOLE_ESR),
-    "a store shows what it stores": _set(exits, "_SIZE_MASKS", (MASK64,) * 4),
+    "a store shows what it stores": replaced(exits, "_SIZE_MASKS", (MASK64,) * 4),
     "CPU_ON shows its target only": _rule(ExitClass.CPU_ON, arguments=3),
     "CPU_SUSPEND shows no argument": _rule(ExitClass.CPU_SUSPEND, arguments=1),
     "TRNG shows the number of bits only": _rule(ExitClass.TRNG, arguments=2),
     "a fetch shows no address": _rule(ExitClass.IABT, far=MASK64),
     "the host's page is not written": _page_written,
+    "the host's page is not read": _page_read,
+    "an interrupt steps over nothing": _interrupt_advances,
     "only emulated instructions are stepped over": _rule(
         ExitClass.DABT, ExitClass.IABT, advance=True
     ),
@@ -108,12 +114,14 @@ MUTANTS: dict[str, Install] = {
     "WFI takes no exception": _rule(ExitClass.WFX, pending=exits._undefined),
     "an answer counts once": _answers_again,
     "SYSTEM_OFF does not succeed": _rule(ExitClass.SYSTEM_OFF, answer=exits._hosts_word),
-    "the host does not choose CPU_ON's result": _set(
+    "the host does not choose CPU_ON's result": replaced(
         power, "settle_on", lambda caller, host_result: host_result
     ),
     "TRNG gives so many bits and no other result": _rule(ExitClass.TRNG, answer=_raw_entropy),
-    "the host decides TWI and TWE only": _set(run, "WAIT_TRAPS", hcr("TWI", "TWE", "TVM")),
-    "a list register has only bits that mean something": _set(vgic, "_ALLOWED", MASK64),
-    "devices are where the guest says": _set(mmio_guard, "allows", lambda vm, ipa, nbytes: True),
+    "the host decides TWI and TWE only": replaced(run, "WAIT_TRAPS", hcr("TWI", "TWE", "TVM")),
+    "a list register has only bits that mean something": replaced(vgic, "_ALLOWED", MASK64),
+    "devices are where the guest says": replaced(
+        mmio_guard, "allows", lambda vm, ipa, nbytes: True
+    ),
 }
 """By the guard that is missing."""

@@ -1,41 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""EL2s with one guard of the doors to firmware missing (`mutants` has those of registers).
+"""EL2s without one guard of the doors to firmware.
 
-Each opens a way round EL2 that is known from the field or that the guard is
-there for; machines made while `weakened` lasts have it.
+Each opens a way round EL2 that is known from the field or that the guard is there for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack
 from unittest.mock import patch
 
 from pkvm.arm64 import registers
 from pkvm.arm64.psci import Function
+from pkvm.check.mutants.install import Install, replaced
 from pkvm.hyp import ffa, ffa_memory, host_smc, hypervisor
 from pkvm.hyp.ffa_buffers import FfaBuffers
 from pkvm.hyp.ffa_memory import SecureSharing
 from pkvm.hyp.host_psci import PsciRelay, Wish
 from pkvm.machine.host_cpus import HostCpu
-
-Install = Callable[[ExitStack], None]
-
-
-@contextmanager
-def weakened(name: str) -> Iterator[None]:
-    """EL2 without the guard `name`, one of `FIRMWARE_MUTANTS`."""
-    with ExitStack() as stack:
-        FIRMWARE_MUTANTS[name](stack)
-        yield
-
-
-def _set(target: object, attribute: str, value: Any) -> Install:
-    def install(stack: ExitStack) -> None:
-        stack.enter_context(patch.object(target, attribute, value))
-
-    return install
 
 
 def _nothing(self: SecureSharing, ranges: ffa_memory.Ranges, *, lend: bool = False) -> None:
@@ -88,17 +69,17 @@ def _later_fragments_pass(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ffa, "more_ranges", lambda data: []))
 
 
-FIRMWARE_MUTANTS: dict[str, Install] = {
-    "the host's SMCs trap": _set(
+MUTANTS: dict[str, Install] = {
+    "the host's SMCs trap": replaced(
         hypervisor, "HOST_HCR", registers.HOST_HCR & ~registers.hcr("TSC")
     ),
-    "a function id is canonical": _set(host_smc, "is_canonical", lambda x0, immediate: True),
+    "a function id is canonical": replaced(host_smc, "is_canonical", lambda x0, immediate: True),
     "a CPU that starts enters EL2 first": _hosts_entry,
     "a CPU that wakes enters EL2 first": _hosts_resume_entry,
     "the host's buffers are the host's": _any_buffers,
     "a message is read once": _message_read_twice,
     "the secure world is given what the host owns": _no_ownership,
     "every fragment is looked at": _later_fragments_pass,
-    "memory is given by calls that EL2 follows": _set(ffa, "REFUSED", frozenset()),
+    "memory is given by calls that EL2 follows": replaced(ffa, "REFUSED", frozenset()),
 }
 """By the guard that is missing."""

@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""EL2s with one guard against DMA missing (`mutants` has those of registers).
-
-Each opens a way to a page by a device; machines made while `weakened` lasts have it.
-"""
+"""EL2s without one guard against DMA: each opens a way to a page by a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack
 from unittest.mock import patch
 
 from pkvm.arm64.smmu import BYPASS_STE, STE_WORDS
+from pkvm.check.mutants.install import Install, replaced
 from pkvm.hyp import host_dma
 from pkvm.hyp.bulk import Runs
 from pkvm.hyp.host_dma import HostDma
@@ -19,23 +15,6 @@ from pkvm.hyp.host_memory import HostMemory
 from pkvm.hyp.identity_domain import IdentityDomain
 from pkvm.hyp.smmu import STREAM_BITS, SmmuDriver
 from pkvm.hyp.vmemmap import HOST_OWNED
-
-Install = Callable[[ExitStack], None]
-
-
-@contextmanager
-def weakened(name: str) -> Iterator[None]:
-    """EL2 without the guard `name`, one of `DMA_MUTANTS`."""
-    with ExitStack() as stack:
-        DMA_MUTANTS[name](stack)
-        yield
-
-
-def _set(target: object, attribute: str, value: Any) -> Install:
-    def install(stack: ExitStack) -> None:
-        stack.enter_context(patch.object(target, attribute, value))
-
-    return install
 
 
 def _keeps_pages(stack: ExitStack) -> None:
@@ -83,14 +62,16 @@ def _any_page(self: HostDma, first: int, nr: int) -> None:
     """A check that is left out."""
 
 
-DMA_MUTANTS: dict[str, Install] = {
+MUTANTS: dict[str, Install] = {
     "devices lose what the host loses": _keeps_pages,
     "the SMMU forgets what was lost": _stale,
     "streams that EL2 does not know abort": _unknown_streams,
-    "the SMMU's registers are EL2's": _set(
+    "the SMMU's registers are EL2's": replaced(
         HostMemory, "withhold_device", lambda self, base, nbytes: None
     ),
-    "a page that is mapped for DMA stays the host's": _set(host_dma, "HOST_PINNED", HOST_OWNED),
-    "only pages of the host's own are mapped for DMA": _set(HostDma, "_check_pinnable", _any_page),
+    "a page that is mapped for DMA stays the host's": replaced(host_dma, "HOST_PINNED", HOST_OWNED),
+    "only pages of the host's own are mapped for DMA": replaced(
+        HostDma, "_check_pinnable", _any_page
+    ),
 }
 """By the guard that is missing."""

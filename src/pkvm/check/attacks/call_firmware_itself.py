@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host calls the firmware without EL2 in between."""
+
+from __future__ import annotations
+
+import errno
+
+from pkvm.arm64.ffa import registers
+from pkvm.arm64.psci import Function
+from pkvm.arm64.smccc import NOT_SUPPORTED
+from pkvm.check.attacks.scene import Scene
+
+TRIES = "call the firmware past EL2"
+GUARD = "the host's SMCs trap"
+WHERE = "pkvm.hyp.host_smc:is_canonical"
+
+
+def attempt(scene: Scene) -> str | None:
+    """An SMC that EL2 would refuse."""
+    answer = scene.kernel.smc(registers(1 << 32 | Function.PSCI_VERSION))
+    if answer[0] == NOT_SUPPORTED:
+        raise OSError(errno.ENOSYS, "the SMC was answered with NOT_SUPPORTED")
+    return f"firmware answered {answer[0]:#x}, and EL2 never saw the call"

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`pkvm attack` before there is a guest: its catalogue, and what it cannot use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pkvm.check import attacks
+from pkvm.check.attacks import NAMES, attack
+from pkvm.cli.main import main
+
+
+def test_the_catalogue(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack", "--list"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(NAMES)
+    assert len(set(NAMES)) == len(NAMES) >= 30
+    assert len({attack(name).TRIES for name in NAMES}) == len(NAMES)
+
+
+def test_every_module_is_in_the_catalogue() -> None:
+    folder = Path(attacks.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py") if "\nTRIES = " in path.read_text()}
+    assert modules == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["read_minds"], 2, "there is no attack 'read_minds'; --list lists them"),
+        (["--kernel", "/nowhere", "--initrd", "/nowhere"], 2, "/nowhere: No such file"),
+        (["--kernel", "/bin/sh", "--initrd", "/bin/sh", "read_by_cpu"], 2, "not AArch64"),
+    ],
+)
+def test_what_it_cannot_use(
+    arguments: list[str], status: int, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["attack", *arguments]) == status
+    error = capfd.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
