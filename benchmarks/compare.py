@@ -4,12 +4,18 @@
 * testbed-start: `pkvm testbed run` from a warm cache, from the process's start to the first word of
   its command, against a bare QEMU: the same kernel, CPU model, CPUs, memory and kernel command
   line, to the first word of a static /init in a small initramfs.
+* scenarios: all scenarios of `pkvm compare` on the model against the same on the real kernel in the
+  test bed, each as one process from its start to its end.
+* real-exits: exits to the VMM in a second, the agent in a loop: the real kernel in the test bed
+  against the model. A figure to know, not a promise.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +23,7 @@ from common import Result, Unavailable, median_ratio
 from pkvm.testbed import base, debian, initramfs, qemu
 from pkvm.testbed.bed import TestBed
 from pkvm.testbed.console import Console
+from pkvm.testbed.root import WITH_MEMORY
 from pkvm.testbed.store import KERNEL, Store
 
 PAIRS = 7
@@ -28,6 +35,83 @@ WORD = "here I am"
 def measure() -> Iterator[Result]:
     """The figures. Raises Unavailable, ConsoleError."""
     yield _testbed_start()
+    yield _scenarios()
+    yield _real_exits()
+
+
+def _scenarios() -> Result:
+    script = [sys.executable, "-m", "pkvm.check.scenarios"]
+    bed = [sys.executable, "-m", "pkvm", "testbed", "run", "--quiet", WITH_MEMORY, "python3"]
+    real = [*bed, "-m", "pkvm.check.scenarios", "--backend", "/dev/kvm"]
+    ratio, model_seconds, real_seconds = median_ratio(
+        lambda: _whole(script), lambda: _whole(real), 1
+    )
+    return Result(
+        "scenarios",
+        ratio,
+        1 / 20,
+        f"{model_seconds:.2f} s on the model, {real_seconds:.1f} s on the real kernel in QEMU, "
+        "start and end of both included",
+    )
+
+
+def _whole(command: list[str]) -> float:
+    """How long a command takes. Raises Unavailable if it fails."""
+    start = time.perf_counter()
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise Unavailable(said[-1] if said else f"{command[0]} fails")
+    return seconds
+
+
+def _real_exits() -> Result:
+    code = _EXITS.format(backend="/dev/kvm")
+    try:
+        with TestBed() as bed:
+            result = bed.run(("python3", "-c", code), timeout=SECONDS)
+    except base.BedError as error:
+        raise Unavailable(str(error)) from error
+    if not result.ok:
+        raise Unavailable(result.stderr.decode(errors="replace").strip().splitlines()[-1])
+    here = subprocess.run(
+        [sys.executable, "-c", _EXITS.format(backend="model")], check=True, capture_output=True
+    )
+    real, model = float(result.stdout), float(here.stdout)
+    return Result(
+        "real-exits",
+        real / model,
+        float("inf"),
+        f"{real:,.0f} exits a second on the real kernel in QEMU, {model:,.0f} on the model",
+    )
+
+
+_EXITS = """
+import time
+import pkvm
+from pkvm.check.scenarios.bench import Bench, DEVICE
+from pkvm.kvm import Vcpu
+
+backend = "{backend}"
+options = dict(dialect="upstream") if backend == "model" else dict()
+with pkvm.open(backend, **options) as kvm, Bench(kvm) as bench:
+    agent = bench.vm().agent().agent
+    agent.on_mmio = lambda access: 0
+    exits, run = 0, agent.vcpu.run
+    def counted():
+        global exits
+        exits += 1
+        return run()
+    agent.vcpu.run = counted
+    best = 0.0
+    for _ in range(5):
+        exits, start = 0, time.perf_counter()
+        for _ in range(100):
+            agent.load(DEVICE)
+        best = max(best, exits / (time.perf_counter() - start))
+    print(best)
+"""
 
 
 def _testbed_start() -> Result:
