@@ -4,8 +4,8 @@
 * testbed-start: `pkvm testbed run` from a warm cache, from the process's start to the first word of
   its command, against a bare QEMU: the same kernel, CPU model, CPUs, memory and kernel command
   line, to the first word of a static /init in a small initramfs.
-* scenarios: all scenarios of `pkvm compare` on the model against the same on the real kernel in the
-  test bed, each as one process from its start to its end.
+* scenarios: `pkvm compare` with the record, on the model, against the same scenarios on the real
+  kernel in the test bed, each as one process from its start to its end.
 * real-exits: exits to the VMM in a second, the agent in a loop: the real kernel in the test bed
   against the model. A figure to know, not a promise.
 """
@@ -40,7 +40,7 @@ def measure() -> Iterator[Result]:
 
 
 def _scenarios() -> Result:
-    script = [sys.executable, "-m", "pkvm.check.scenarios"]
+    script = [sys.executable, "-m", "pkvm", "compare", "--json"]
     bed = [sys.executable, "-m", "pkvm", "testbed", "run", "--quiet", WITH_MEMORY, "python3"]
     real = [*bed, "-m", "pkvm.check.scenarios", "--backend", "/dev/kvm"]
     ratio, model_seconds, real_seconds = median_ratio(
