@@ -4,10 +4,10 @@
 * testbed-start: `pkvm testbed run` from a warm cache, from the process's start to the first word of
   its command, against a bare QEMU: the same kernel, CPU model, CPUs, memory and kernel command
   line, to the first word of a static /init in a small initramfs.
-* scenarios: `pkvm compare` with the record, on the model, against the same scenarios on the real
+* compare-speed: `pkvm compare` with the record, on the model, against the same scenarios on the real
   kernel in the test bed, each as one process from its start to its end.
-* real-exits: exits to the VMM in a second, the agent in a loop: the real kernel in the test bed
-  against the model. A figure to know, not a promise.
+* exits-a-second: exits to the VMM in a second, the agent in a loop: the real kernel in the test bed
+  over the model's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _scenarios() -> Result:
         lambda: _whole(script), lambda: _whole(real), 1
     )
     return Result(
-        "scenarios",
+        "compare-speed",
         ratio,
         1 / 20,
         f"{model_seconds:.2f} s on the model, {real_seconds:.1f} s on the real kernel in QEMU, "
@@ -80,9 +80,9 @@ def _real_exits() -> Result:
     )
     real, model = float(result.stdout), float(here.stdout)
     return Result(
-        "real-exits",
+        "exits-a-second",
         real / model,
-        float("inf"),
+        1,
         f"{real:,.0f} exits a second on the real kernel in QEMU, {model:,.0f} on the model",
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ import pkvm
 from pkvm.check.scenarios import TOPICS, record, runner
 from pkvm.check.scenarios.bench import DEVICE, FREE, PAGE, RAM, Bench
 from pkvm.check.scenarios.observation import Observation
+from pkvm.check.scenarios.watchdog import Watchdog
 from pkvm.guests.protocol import Op
 from pkvm.kvm import Kvm
 from pkvm.uapi.kvm import TYPE_PROTECTED
@@ -24,7 +26,10 @@ def kvm() -> Iterator[Kvm]:
 
 
 def run(kvm: Kvm, scenario: runner.Scenario, seconds: float = 20.0) -> list[Observation]:
-    return runner.run_one(kvm, "topic", "good_one", scenario, seconds)
+    bench = Bench(kvm, "topic", "good_one")
+    with Watchdog() as watchdog:
+        watchdog.start(seconds, bench.expire)
+        return runner.run_one(bench, scenario)
 
 
 def outcomes(rows: list[Observation]) -> list[str]:
@@ -118,3 +123,21 @@ def test_every_topic_runs_on_the_model_to_its_end(kvm: Kvm) -> None:
         assert sum(row.topic == topic for row in rows) >= 10
         names = [name for name, _ in runner.scenarios(topic)]
         assert any(name.startswith("good_") for name in names)
+
+
+def test_the_watchdog_barks_until_it_is_stopped_and_never_for_what_was_in_time() -> None:
+    barks: list[str] = []
+    heard = threading.Semaphore(0)
+
+    def bark() -> None:
+        barks.append("late")
+        heard.release()
+
+    with Watchdog() as watchdog:
+        watchdog.start(60, lambda: barks.append("in time"))
+        watchdog.stop()
+        watchdog.start(0.01, bark)
+        for _ in range(2):
+            assert heard.acquire(timeout=20)
+        watchdog.stop()
+    assert set(barks) == {"late"}

@@ -92,7 +92,6 @@ class Bench:
         topic: str = "",
         scenario: str = "",
         *,
-        seconds: float = SECONDS,
         after: After | None = None,
     ) -> None:
         self.kvm = kvm
@@ -103,31 +102,29 @@ class Bench:
         self._memories: dict[str, Memory] = {}
         self._vcpus: list[Vcpu] = []
         self._stack = ExitStack()
-        self._seconds = seconds
-        self._timer = Timer(seconds, self._expire)
-        self._timer.daemon = True
         self._expired = False
         self._after = after or _after
         self.error: Exception | None = None
         """What the last call raised, None if it returned."""
 
     def __enter__(self) -> Bench:
-        self._timer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
         self._stack.close()
 
     def keep(self, thing: Closable) -> None:
         """Close `thing` at the scenario's end."""
         self._stack.callback(thing.close)
 
+    def row(self, call: str, arguments: str, outcome: Outcome) -> Observation:
+        """The next observation."""
+        number = len(self.observations)
+        return Observation(self._topic, self._scenario, number, call, arguments, *outcome)
+
     def record(self, call: str, arguments: str, outcome: Outcome) -> None:
         """Write an observation. Raises HungError once the scenario's time is up."""
-        index = len(self.observations)
-        row = Observation(self._topic, self._scenario, index, call, arguments, *outcome)
-        self.observations.append(row)
+        self.observations.append(self.row(call, arguments, outcome))
         if self._expired:
             raise HungError
 
@@ -237,17 +234,14 @@ class Bench:
                 return f"{name}+{offset:#x}" if offset else name
         return "another address"
 
-    def _expire(self) -> None:
-        """The watchdog: every run ends, and the next record ends the scenario."""
+    def expire(self) -> None:
+        """Time is up: every run ends, and the next record ends the scenario. From any thread."""
         self._expired = True
         for vcpu in list(self._vcpus):
             try:
                 vcpu.kick()
             except (OSError, ValueError):
                 continue  # closed meanwhile
-        self._timer = Timer(0.1, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
 
 
 class BenchVm:

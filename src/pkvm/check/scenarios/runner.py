@@ -10,6 +10,7 @@ from types import ModuleType
 from pkvm.check.scenarios import PREFIXES, TOPICS
 from pkvm.check.scenarios.bench import SECONDS, After, Bench, HungError
 from pkvm.check.scenarios.observation import Observation, Outcome
+from pkvm.check.scenarios.watchdog import Watchdog
 from pkvm.kvm import Kvm
 
 Scenario = Callable[[Bench], None]
@@ -51,24 +52,20 @@ def run(
     scenario before each; `after` is for a machine whose time is its own. Raises
     UnknownTopicError; whatever a scenario does is in what it saw."""
     observations: list[Observation] = []
-    for topic in topics:
-        for name, scenario in scenarios(topic):
-            if progress is not None:
-                progress(topic, name)
-            observations += run_one(kvm, topic, name, scenario, seconds, after)
+    with Watchdog() as watchdog:
+        for topic in topics:
+            for name, scenario in scenarios(topic):
+                if progress is not None:
+                    progress(topic, name)
+                bench = Bench(kvm, topic, name, after=after)
+                watchdog.start(seconds, bench.expire)
+                observations += run_one(bench, scenario)
+                watchdog.stop()
     return observations
 
 
-def run_one(
-    kvm: Kvm,
-    topic: str,
-    name: str,
-    scenario: Scenario,
-    seconds: float = SECONDS,
-    after: After | None = None,
-) -> list[Observation]:
-    """What one scenario saw. One that raises, or takes more than `seconds`, says so last."""
-    bench = Bench(kvm, topic, name, seconds=seconds, after=after)
+def run_one(bench: Bench, scenario: Scenario) -> list[Observation]:
+    """What one scenario saw. One that raises, or whose time was up, says so last."""
     end = ""
     try:
         with bench:
@@ -79,7 +76,5 @@ def run_one(
         # A scenario that fails must not stop the others, whatever it is that went wrong.
         end = f"ended by {type(error).__name__}: {error}"
     if end:
-        index = len(bench.observations)
-        row = Observation(topic, name, index, "scenario", "", *Outcome(end))
-        bench.observations.append(row)
+        bench.observations.append(bench.row("scenario", "", Outcome(end)))
     return bench.observations
