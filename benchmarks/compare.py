@@ -4,10 +4,10 @@
 * testbed-start: `pkvm testbed run` from a warm cache, from the process's start to the first word of
   its command, against a bare QEMU: the same kernel, CPU model, CPUs, memory and kernel command
   line, to the first word of a static /init in a small initramfs.
-* compare-speed: `pkvm compare` with the record, on the model, against the same scenarios on the real
-  kernel in the test bed, each as one process from its start to its end.
-* exits-a-second: exits to the VMM in a second, the agent in a loop: the real kernel in the test bed
-  over the model's.
+* compare-speed: `pkvm compare` with the record, on the model, against the same scenarios on the
+  real kernel in the test bed, each as one process from its start to its end.
+* exits-a-second: exits to the VMM in a second, the agent in a loop: the real kernel's in the test
+  bed over the model's.
 """
 
 from __future__ import annotations
