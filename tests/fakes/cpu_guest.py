@@ -10,14 +10,14 @@ X23 = ELR_EL1, X24 = SPSR_EL1.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pkvm.arm64 import gic, stage2
 from pkvm.arm64 import registers as reg
 from pkvm.arm64.registers import SysReg
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.unicorn_engine import UnicornEngine
-from pkvm.machine.memory import PAGE_SIZE, PhysicalMemory
+from pkvm.machine.memory import PAGE_SIZE, DeviceWindow, PhysicalMemory
 
 RAM_BASE = 0x8000_0000
 RAM_BYTES = 4 << 20
@@ -203,8 +203,11 @@ class Guest:
         cpu_model: str = "cortex-a72",
         count_blocks: bool = False,
         counter: Callable[[], int] | None = None,
+        windows: Sequence[DeviceWindow] = (),
     ) -> None:
         self.memory = PhysicalMemory(RAM_BASE, RAM_BYTES)
+        for window in windows:
+            self.memory.add_window(window)
         self.engine = UnicornEngine(
             self.memory, cpu_model=cpu_model, count_blocks=count_blocks, counter=counter
         )

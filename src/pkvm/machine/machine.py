@@ -5,7 +5,8 @@ The physical address map: RAM from 0x8000_0000 on, the DMA copy engine's
 registers at 0x1000_0000, the scatter-gather engine's behind them, the SMMU's at
 0x1100_0000. The host CPU (`host_bus`) starts with no stage-2 before it, as at
 reset; EL2 puts it behind one. The devices are behind the SMMU, which aborts
-until EL2 turns it on. What they write to RAM, the CPU engine forgets its
+until EL2 turns it on. Their registers are on the CPU's bus too, for guests
+whose stage-2 maps them. What they write to RAM, the CPU engine forgets its
 translations of.
 """
 

@@ -33,6 +33,10 @@ START = ctypes.CFUNCTYPE(c_int)
 """Starts emulation at PC; the status of `uc_emu_start`."""
 INTERRUPT_HOOK = ctypes.CFUNCTYPE(None, c_void_p, c_uint32, c_void_p)
 """UC_HOOK_INTR: (uc, exception number, user data)."""
+MMIO_READ = ctypes.CFUNCTYPE(c_uint64, c_void_p, c_uint64, c_uint32, c_void_p)
+"""A region's read: (uc, offset, bytes, user data) -> value."""
+MMIO_WRITE = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_uint64, c_void_p)
+"""A region's write: (uc, offset, bytes, value, user data)."""
 BLOCK_HOOK = ctypes.CFUNCTYPE(None, c_void_p, c_uint64, c_uint32, c_void_p)
 """UC_HOOK_BLOCK: (uc, address, bytes, user data)."""
 
@@ -44,6 +48,10 @@ _PUBLIC: dict[str, tuple[Any, list[Any]]] = {
     "uc_reg_read": (c_int, [c_void_p, c_int, c_void_p]),
     "uc_reg_write": (c_int, [c_void_p, c_int, c_void_p]),
     "uc_mem_map_ptr": (c_int, [c_void_p, c_uint64, c_size_t, c_uint32, c_void_p]),
+    "uc_mmio_map": (
+        c_int,
+        [c_void_p, c_uint64, c_size_t, MMIO_READ, c_void_p, MMIO_WRITE, c_void_p],
+    ),
     "uc_hook_add": (
         c_int,
         [c_void_p, POINTER(c_size_t), c_int, c_void_p, c_void_p, c_uint64, c_uint64],
@@ -86,6 +94,7 @@ class Library:
     uc_reg_read: Any
     uc_reg_write: Any
     uc_mem_map_ptr: Any
+    uc_mmio_map: Any
     uc_hook_add: Any
     uc_hook_del: Any
     uc_emu_start: Any

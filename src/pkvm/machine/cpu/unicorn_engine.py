@@ -50,6 +50,7 @@ from pkvm.arm64 import esr as syndrome
 from pkvm.arm64 import registers as reg
 from pkvm.machine.cpu import cpu_models, gic_registers, selfcheck, thunks, writeback
 from pkvm.machine.cpu.context import CpuContext
+from pkvm.machine.cpu.device_windows import DeviceWindows
 from pkvm.machine.cpu.engine import StopReason
 from pkvm.machine.cpu.errors import EngineError
 from pkvm.machine.cpu.exclusion import (
@@ -159,6 +160,10 @@ class UnicornEngine(CpuContext):
         self._settle, self._forget_code = writeback.corrector(
             library, addresses, self._memory, self._words, self._esr_el2_word
         )
+        self._windows = DeviceWindows(
+            library, addresses.uc, self._memory, self._ownership, self._fail
+        )
+        self._due = self._windows.due
         self._install_hooks()
         self.vector = _no_vector
         cpu_models.program_reset_state(self._sysregs)
@@ -312,6 +317,11 @@ class UnicornEngine(CpuContext):
             return
         counters[thunks.COUNT] += 1
 
+    def _fail(self, error: BaseException) -> None:
+        """Have `run` raise what happened inside guest code."""
+        self._error = error
+        self._library.uc_emu_stop(self._handle)
+
     def _charge_delivery(self) -> None:
         """An exception was taken to EL1: it counts as a block if none ran since the one before."""
         counters = self._counters
@@ -328,9 +338,8 @@ class UnicornEngine(CpuContext):
         assert self._counter is not None
         try:
             return self._counter() & bits.MASK64
-        except BaseException as error:  # belongs to who called run
-            self._error = error
-            self._library.uc_emu_stop(self._handle)
+        except BaseException as error:
+            self._fail(error)
             return 0
 
     # Running
@@ -346,6 +355,10 @@ class UnicornEngine(CpuContext):
         try:
             flags[INSIDE] = True
             while True:
+                if self._due:
+                    flags[INSIDE] = False
+                    self._windows.work()
+                    flags[INSIDE] = True
                 if flags[WAITING]:
                     self._ownership.give_way()
                 if self._closed:
@@ -381,6 +394,8 @@ class UnicornEngine(CpuContext):
             flags[INSIDE] = False
             self._reason = None
             self._runner = 0
+            if self._due:
+                self._windows.work()
             if self._closed:
                 self._free()
 

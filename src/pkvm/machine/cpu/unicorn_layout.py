@@ -26,8 +26,18 @@ class UnicornLayout:
 
     # struct uc_struct
     uc_cpu: int = 440
+    uc_mapped_blocks: int = 1960
+    """Pointer to an array of pointers to MemoryRegion; then their number, u32."""
     uc_no_exit_request: int = 2034
     """Byte; 1 keeps translations free of an exit check after every load and store."""
+
+    # MemoryRegion and MemoryRegionOps
+    region_ops: int = 16
+    region_addr: int = 64
+    ops_valid_max: int = 44
+    """u32: bytes of the widest access; 0 means 4. The next is that of the widest that is not split.
+    """
+    ops_impl_max: int = 68
 
     # CPUState and ARMCPU
     cpu_interrupt_request: int = 28
