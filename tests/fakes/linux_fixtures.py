@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pkvm.check.attacks.linux import PROMPT, STATUS, answer, typed
 from pkvm.testbed import debian, initramfs
 from pkvm.testbed.console import Console
 
@@ -26,20 +27,16 @@ class Shell:
     def __init__(self, console: Console) -> None:
         self.console = console
         console.expect(initramfs.MARKER)
-        console.expect("/ # ")
+        console.expect(PROMPT)
         self.run("dmesg -n 1")
 
     def run(self, command: str, status: int = 0) -> str:
         """What `command` prints; it must end with `status`."""
         start = len(self.console.text)
-        # The terminal echoes what is typed: not quite the words that are waited for.
-        self.console.send(f"{command}; echo =sta''tus=$?=\n")
-        self.console.expect("=status=")
-        self.console.expect("=\r\n")
-        self.console.expect("/ # ")
-        said, _, rest = self.console.text[start:].rpartition("=status=")
-        said = said.partition("=$?=\n")[2]
-        ended = int(rest.partition("=")[0])
+        self.console.send(typed(command))
+        self.console.expect(STATUS)
+        self.console.expect(PROMPT)
+        said, ended = answer(self.console.text[start:])
         assert ended == status, f"{command!r} ended with status {ended}: {said}"
         return said
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-
 from pkvm.arm64.stage2 import PAGE_SIZE
 from pkvm.check.attacks.scene import Scene
 
@@ -16,7 +14,4 @@ STREAM = 9
 
 def attempt(scene: Scene) -> str | None:
     """DMA of a new stream."""
-    smmu = scene.machine.smmu
-    if smmu is None:
-        raise OSError(errno.ENODEV, "the machine has no SMMU")
-    return scene.reveals(smmu.master(STREAM, "rogue").read(scene.secret.pa, PAGE_SIZE))
+    return scene.reveals(scene.smmu.master(STREAM, "rogue").read(scene.secret.pa, PAGE_SIZE))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pkvm.arm64.smmu import GBPA_UPDATE, Reg
-from pkvm.arm64.stage2 import PAGE_SIZE
 from pkvm.check.attacks.scene import Scene
 from pkvm.machine.machine import SMMU_BASE
 
@@ -16,6 +15,4 @@ def attempt(scene: Scene) -> str | None:
     """CR0 and GBPA, then DMA."""
     scene.host_bus.write(SMMU_BASE + Reg.CR0, bytes(4))
     scene.host_bus.write(SMMU_BASE + Reg.GBPA, GBPA_UPDATE.to_bytes(4, "little"))
-    target = scene.new_pages()
-    scene.dma(scene.secret.pa, target, PAGE_SIZE)
-    return scene.secret_at(target)
+    return scene.secret_by_dma()

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import struct
-
 from pkvm.arm64.stage2 import PAGE_SHIFT
 from pkvm.check.attacks.scene import Scene
-from pkvm.hyp.abi import HostCall
 
 TRIES = "donate a page that the guest has already"
 GUARD = "a page is donated only by its owner"
@@ -15,9 +12,5 @@ GUARD = "a page is donated only by its owner"
 
 def attempt(scene: Scene) -> str | None:
     """DONATE_GUEST_SGLIST with the page's number."""
-    listed = scene.new_pages()
-    free = scene.free_gfn
-    scene.feed_tables()
-    scene.host_bus.write(listed, struct.pack("<3Q", scene.secret.pa >> PAGE_SHIFT, free, 1))
-    scene.el2(HostCall.DONATE_GUEST_SGLIST, scene.vm.handle, listed, 1)
+    scene.donate((scene.secret.pa >> PAGE_SHIFT, scene.free_gfn))
     return "the page has two addresses in the guest"

@@ -12,4 +12,4 @@ GUARD = "EL2 takes only what the host owns"
 
 def attempt(scene: Scene) -> str | None:
     """TOPUP_MEMCACHE with each page."""
-    return scene.spoil(lambda pa, _: scene.el2(HostCall.TOPUP_MEMCACHE, scene.vm.handle, pa, 1))
+    return scene.spoil(lambda page: scene.el2(HostCall.TOPUP_MEMCACHE, scene.vm.handle, page.pa, 1))

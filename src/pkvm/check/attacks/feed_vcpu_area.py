@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pkvm.check.attacks.scene import Scene
+from pkvm.check.attacks.scene import Page, Scene
 from pkvm.hyp.abi import HostCall
 
 TRIES = "give the guest's pages to EL2 as memory for a vCPU"
@@ -13,7 +13,7 @@ GUARD = "EL2 takes only what the host owns"
 def attempt(scene: Scene) -> str | None:
     """INIT_VCPU with each page."""
 
-    def give(pa: int, _: bytes) -> None:
-        scene.el2(HostCall.INIT_VCPU, scene.vm.handle, scene.new_pages(), pa)
+    def give(page: Page) -> None:
+        scene.el2(HostCall.INIT_VCPU, scene.vm.handle, scene.new_pages(), page.pa)
 
     return scene.spoil(give)

@@ -14,9 +14,6 @@ ENDS_GUEST = True
 def attempt(scene: Scene) -> str | None:
     """START_TEARDOWN_VM, FINALIZE_TEARDOWN_VM."""
     handle = scene.vm.handle
-    scene.guest.stop()
-    with scene.kernel.inside() as host:
-        host.put()
-    scene.el2(HostCall.START_TEARDOWN_VM, handle)
+    scene.start_teardown()
     scene.el2(HostCall.FINALIZE_TEARDOWN_VM, handle)
     return "pages of a VM that is gone are left to the next one of its handle"

@@ -14,13 +14,29 @@ from pkvm.vmm.loader import load_image
 from pkvm.vmm.vmm import Outcome, Vmm
 
 RAM_BYTES = 128 << 20
-PROMPT = b"/ # "
+PROMPT = "/ # "
+STATUS = "=status="
 SHELL_SECONDS = 10.0
 """The longest that a guest may take for an answer; one that was hurt gives none."""
 
 
 class GuestError(Exception):
     """The guest did not do what it was told; the text ends with the last that it said."""
+
+
+def typed(command: str) -> str:
+    """What to type so that the shell runs `command` and tells its status.
+
+    The terminal echoes what is typed: not quite the words that are waited for.
+    """
+    return f"{command}; echo =sta''tus=$?=\n"
+
+
+def answer(text: str) -> tuple[str, int]:
+    """What a command printed, and its status, from all that the console said since it was typed up
+    to the next prompt."""
+    said, _, rest = text.replace("\r", "").rpartition(STATUS)
+    return said.partition("=$?=\n")[2], int(rest.partition("=")[0])
 
 
 class LinuxGuest:
@@ -71,7 +87,7 @@ class LinuxGuest:
     def boot(self) -> None:
         """Wait for the shell. Raises GuestError if it does not come."""
         self._expect(MARKER.encode())
-        self._expect(PROMPT)
+        self._expect(PROMPT.encode())
         self.shell("dmesg -n 1")
 
     def shell(self, command: str, limit: float = SHELL_SECONDS) -> str:
@@ -79,15 +95,15 @@ class LinuxGuest:
         seconds."""
         self._deadline = time.monotonic() + limit
         start = len(self._said)
-        # The terminal echoes what is typed: not quite the words that are waited for.
-        self._typed += f"{command}; echo =sta''tus=$?=\n".encode()
+        with self._news:
+            self._typed += typed(command).encode()
         self.vmm.uart.arrived()
-        self._expect(b"=status=")
-        self._expect(PROMPT)
-        said, _, rest = self._said[start:].decode("utf-8", "replace").rpartition("=status=")
-        if not rest.startswith("0="):
-            raise self._error(f"{command!r} failed")
-        return said.partition("=$?=")[2].replace("\r", "").lstrip("\n")
+        self._expect(STATUS.encode())
+        self._expect(PROMPT.encode())
+        told, status = answer(self._said[start:].decode("utf-8", "replace"))
+        if status:
+            raise self._error(f"{command!r} ended with status {status}")
+        return told
 
     def _run(self, limit: float) -> None:
         try:
@@ -104,8 +120,9 @@ class LinuxGuest:
             self._news.notify_all()
 
     def _take(self, room: int) -> bytes:
-        taken = bytes(self._typed[:room])
-        del self._typed[:room]
+        with self._news:
+            taken = bytes(self._typed[:room])
+            del self._typed[:room]
         return taken
 
     def _expect(self, words: bytes) -> None:

@@ -11,4 +11,4 @@ GUARD = "a donated page leaves the host's stage-2"
 
 def attempt(scene: Scene) -> str | None:
     """Read the whole page."""
-    return scene.reveals(scene.host_bus.read(scene.secret.pa, scene.page_bytes))
+    return scene.secret_at(scene.secret.pa)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pkvm.arm64.stage2 import PAGE_SIZE
 from pkvm.check.attacks.scene import Scene
 
 TRIES = "let the copy engine read the guest's page"
@@ -12,6 +11,4 @@ GUARD = "devices lose what the host loses"
 
 def attempt(scene: Scene) -> str | None:
     """DMA from the page."""
-    target = scene.new_pages()
-    scene.dma(scene.secret.pa, target, PAGE_SIZE)
-    return scene.secret_at(target)
+    return scene.secret_by_dma()

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from pkvm.arm64.stage2 import PAGE_SIZE
-from pkvm.check.attacks.scene import Scene
+from pkvm.check.attacks.scene import Scene, host_pages
 from pkvm.system import System
 
 TRIES = "use translations that the SMMU cached before the donation"
@@ -16,13 +15,10 @@ def before(system: System) -> None:
     smmu = system.machine.smmu
     assert smmu is not None
     device = smmu.masters()[0]
-    end = system.hyp.mem.carveout[0]
-    for pa in range(system.machine.memory.ram_base, end - (4 << 20), PAGE_SIZE):
+    for pa in host_pages(system):
         device.read(pa, 8)
 
 
 def attempt(scene: Scene) -> str | None:
     """DMA, as before."""
-    target = scene.new_pages()
-    scene.dma(scene.secret.pa, target, PAGE_SIZE)
-    return scene.secret_at(target)
+    return scene.secret_by_dma()

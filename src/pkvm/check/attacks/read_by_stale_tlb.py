@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from pkvm.arm64.stage2 import PAGE_SIZE
-from pkvm.check.attacks.scene import Scene
+from pkvm.check.attacks.scene import Scene, host_pages
 from pkvm.system import System
 
 TRIES = "use translations that the host's CPU cached before the donation"
@@ -13,9 +12,7 @@ GUARD = "the host's TLB forgets what it lost"
 
 def before(system: System) -> None:
     """Touch every page that the host has."""
-    memory = system.machine.memory
-    end = system.hyp.mem.carveout[0]
-    for pa in range(memory.ram_base, end - (4 << 20), PAGE_SIZE):
+    for pa in host_pages(system):
         system.machine.host_bus.read(pa, 8)
 
 

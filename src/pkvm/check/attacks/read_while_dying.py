@@ -15,13 +15,10 @@ ENDS_GUEST = True
 
 def attempt(scene: Scene) -> str | None:
     """RECLAIM_DYING_GUEST_PAGE and a load, again and again."""
-    handle, pages = scene.vm.handle, scene.pages
-    scene.guest.stop()
-    with scene.kernel.inside() as host:
-        host.put()
+    handle = scene.vm.handle
     scene.feed_tables()
-    scene.el2(HostCall.START_TEARDOWN_VM, handle)
-    for page in pages:
+    scene.start_teardown()
+    for page in scene.pages:
         scene.el2(HostCall.RECLAIM_DYING_GUEST_PAGE, handle, page.ipa >> PAGE_SHIFT)
         if words := scene.secret_at(page.pa):
             return words

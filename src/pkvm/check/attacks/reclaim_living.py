@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pkvm.arm64.stage2 import PAGE_SHIFT
-from pkvm.check.attacks.scene import Scene
+from pkvm.check.attacks.scene import Page, Scene
 from pkvm.hyp.abi import HostCall
 
 TRIES = "reclaim the guest's pages while it runs"
@@ -14,10 +14,9 @@ GUARD = "only a dying VM's pages are reclaimed"
 def attempt(scene: Scene) -> str | None:
     """RECLAIM_DYING_GUEST_PAGE of each page."""
 
-    def take(pa: int, _: bytes) -> None:
+    def take(page: Page) -> None:
         scene.feed_tables()
-        gfn = gfns[pa]
+        gfn = page.ipa >> PAGE_SHIFT
         scene.el2(HostCall.RECLAIM_DYING_GUEST_PAGE, scene.vm.handle, gfn)
 
-    gfns = {page.pa: page.ipa >> PAGE_SHIFT for page in scene.pages}
     return scene.spoil(take)

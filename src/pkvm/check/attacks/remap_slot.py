@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import struct
-
 from pkvm.arm64.stage2 import PAGE_SHIFT
-from pkvm.check.attacks.scene import Scene
-from pkvm.hyp.abi import HostCall
+from pkvm.check.attacks.scene import Page, Scene
 
 TRIES = "put the host's pages in place of the guest's"
 GUARD = "a guest's frame is given once"
@@ -15,13 +12,8 @@ GUARD = "a guest's frame is given once"
 
 def attempt(scene: Scene) -> str | None:
     """DONATE_GUEST_SGLIST at each address of the secret."""
-    listed = scene.new_pages()
-    scene.feed_tables()
 
-    def replace(ipa: int) -> None:
-        entry = struct.pack("<3Q", scene.new_pages() >> PAGE_SHIFT, ipa >> PAGE_SHIFT, 1)
-        scene.host_bus.write(listed, entry)
-        scene.el2(HostCall.DONATE_GUEST_SGLIST, scene.vm.handle, listed, 1)
+    def replace(page: Page) -> None:
+        scene.donate((scene.new_pages() >> PAGE_SHIFT, page.ipa >> PAGE_SHIFT))
 
-    ipas = {page.pa: page.ipa for page in scene.pages}
-    return scene.spoil(lambda pa, _: replace(ipas[pa]))
+    return scene.spoil(replace)

@@ -16,10 +16,11 @@ ENDS_GUEST = True
 def attempt(scene: Scene) -> str | None:
     """Close every descriptor, then lend the pages."""
     pfns = [page.pa >> PAGE_SHIFT for page in scene.pages]
-    scene.accomplice.vm.check_extension(0)
+    accomplice = scene.accomplice  # made now: its own memory must not be what the guest leaves
     scene.guest.stop()
     scene.guest.vmm.close()
     for gfn, pfn in enumerate(pfns, FREE_GFN):
-        if words := scene.lend(pfn, gfn):
+        scene.lend(pfn, gfn)
+        if words := scene.reveals(accomplice.look(gfn)):
             return words
     return None

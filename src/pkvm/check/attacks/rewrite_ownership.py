@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pkvm.arm64.stage2 import PAGE_SHIFT
 from pkvm.check.attacks.scene import Scene
 
 TRIES = "write to EL2's records of ownership"
@@ -12,7 +11,6 @@ GUARD = "EL2's own memory is out of the host's reach"
 
 def attempt(scene: Scene) -> str | None:
     """A store to the page's record; zero is a page that the host owns."""
-    pfn = scene.secret.pa >> PAGE_SHIFT
     at = scene.record_of(scene.secret.pa)
     scene.host_bus.write(at, bytes(8))
-    return scene.lend(pfn)
+    return scene.secret_lent()

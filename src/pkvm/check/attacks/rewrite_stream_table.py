@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pkvm.arm64.smmu import STE0, Config
-from pkvm.arm64.stage2 import PAGE_SIZE
 from pkvm.check.attacks.scene import Scene
 from pkvm.machine.machine import DMA_STREAM
 
@@ -16,6 +15,4 @@ def attempt(scene: Scene) -> str | None:
     """A store to the stream's entry."""
     at = scene.stream_entry(DMA_STREAM)
     scene.host_bus.write(at, STE0.encode(V=1, Config=Config.BYPASS).to_bytes(8, "little"))
-    target = scene.new_pages()
-    scene.dma(scene.secret.pa, target, PAGE_SIZE)
-    return scene.secret_at(target) or f"it wrote to the entry at PA {at:#x}"
+    return scene.secret_by_dma() or f"it wrote to the entry at PA {at:#x}"

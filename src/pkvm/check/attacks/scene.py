@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import errno
 import re
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
+from pkvm.arm64 import ffa
+from pkvm.arm64.smccc import NOT_SUPPORTED
 from pkvm.arm64.smmu import STE_BYTES, TABLE_ADDRESS, Reg
 from pkvm.arm64.stage2 import PAGE_SHIFT, PAGE_SIZE
 from pkvm.check.attacks.accomplice import FREE_GFN, Accomplice
@@ -22,12 +25,15 @@ from pkvm.kvm import Kvm
 from pkvm.machine.dma import CTRL, CTRL_START, DST, FAULT_IPA, LEN, SRC, STATUS, STATUS_FAULT
 from pkvm.machine.machine import DMA_BASE
 from pkvm.machine.memory import BusError
+from pkvm.machine.smmu import Smmu
 from pkvm.machine.stage2 import Access, Stage2Context, Stage2Fault, walk
 from pkvm.system import System
 
 WORDS = b"the guest's secret "
 """Every line of the secret begins so, and nothing else in the machine does."""
 SECRET_BYTES = 256 << 10
+NOISE = b"spoilt"
+"""What is written over it."""
 _FULL = 40
 """A page with so many lines holds nothing else."""
 _KEEP = (
@@ -43,10 +49,16 @@ class Page(NamedTuple):
     pa: int
 
 
+def host_pages(system: System) -> range:
+    """PAs of the pages that are the host's before there is a guest: up to the guest firmware, and
+    EL2's memory behind it."""
+    firmware = system.host.firmware
+    end = system.hyp.mem.carveout[0] if firmware is None else firmware.base
+    return range(system.machine.memory.ram_base, end, PAGE_SIZE)
+
+
 class Scene:
     """`guest` has booted on `system`. Raises GuestError if it cannot keep a secret."""
-
-    page_bytes = PAGE_SIZE
 
     def __init__(self, system: System, guest: LinuxGuest) -> None:
         self.system = system
@@ -60,6 +72,8 @@ class Scene:
         self.pages = self._find()
         """Where the secret lies: whole pages of it, private to the guest."""
         self.secret = self.pages[0]
+        self.sound = True
+        """Whether nothing has got through EL2 so far, or harmed it."""
 
     @property
     def vm(self) -> Vm:
@@ -93,13 +107,33 @@ class Scene:
                 at = host.bus.read_u64(DMA_BASE + FAULT_IPA)
                 raise OSError(errno.EIO, f"the copy engine was stopped at PA {at:#x}")
 
-    def lend(self, pfn: int, gfn: int = FREE_GFN) -> str | None:
-        """Lend a page to the accomplice at a frame, and what its guest finds there."""
-        accomplice = self.accomplice
+    def smc(self, function: int, *arguments: int) -> ffa.Registers:
+        """What firmware answers an SMC of the host's. Raises OSError (ENOSYS) for NOT_SUPPORTED."""
+        answer = self.kernel.smc(ffa.registers(function, *arguments))
+        if answer[0] == NOT_SUPPORTED:
+            raise OSError(errno.ENOSYS, "the SMC was answered with NOT_SUPPORTED")
+        return answer
+
+    def lend(self, pfn: int, gfn: int) -> None:
+        """HOST_SHARE_GUEST of a page to the accomplice, at a frame. Raises OSError."""
         with self.kernel.inside() as host:
             vm = next(vm for vm in host.vms if not vm.protected)
         self.el2_with(vm, HostCall.HOST_SHARE_GUEST, pfn, gfn, 1, PROT_RWX)
-        return self.reveals(accomplice.look(gfn))
+
+    def donate(self, *pages: tuple[int, int]) -> None:
+        """DONATE_GUEST_SGLIST of pages (PFN, guest frame) to the guest. Raises OSError."""
+        self.feed_tables()
+        listed = self.new_pages()
+        entries = (struct.pack("<3Q", pfn, gfn, 1) for pfn, gfn in pages)
+        self.host_bus.write(listed, b"".join(entries))
+        self.el2(HostCall.DONATE_GUEST_SGLIST, self.vm.handle, listed, len(pages))
+
+    def start_teardown(self) -> None:
+        """Stop the guest, and START_TEARDOWN_VM. Raises OSError."""
+        self.guest.stop()
+        with self.kernel.inside() as host:
+            host.put()
+        self.el2(HostCall.START_TEARDOWN_VM, self.vm.handle)
 
     def feed_tables(self) -> None:
         """Give EL2 pages for the guest's tables, which a donation may need."""
@@ -143,12 +177,16 @@ class Scene:
         vmemmap = self.system.hyp.mem.vmemmap
         return vmemmap.base + (pa - self.machine.memory.ram_base) // PAGE_SIZE * RECORD_BYTES
 
+    @property
+    def smmu(self) -> Smmu:
+        """What is between devices and memory. Raises OSError (ENODEV) without one."""
+        if self.machine.smmu is None:
+            raise OSError(errno.ENODEV, "the machine has no SMMU")
+        return self.machine.smmu
+
     def stream_entry(self, stream: int) -> int:
         """PA of the SMMU's entry for a stream. Raises OSError (ENODEV) without an SMMU."""
-        smmu = self.machine.smmu
-        if smmu is None:
-            raise OSError(errno.ENODEV, "the machine has no SMMU")
-        base = smmu.window.read(Reg.STRTAB_BASE, 8) & TABLE_ADDRESS
+        base = self.smmu.window.read(Reg.STRTAB_BASE, 8) & TABLE_ADDRESS
         return base + stream * STE_BYTES
 
     @contextmanager
@@ -181,13 +219,26 @@ class Scene:
         """What the host's CPU finds at a page."""
         return self.reveals(self.host_bus.read(pa, PAGE_SIZE))
 
-    def spoil(self, write: Callable[[int, bytes], object]) -> str | None:
-        """Let `write` (PA, bytes) loose on every page of the secret; what it came to."""
+    def secret_by_dma(self) -> str | None:
+        """What the copy engine finds at the secret. Raises OSError."""
+        target = self.new_pages()
+        self.dma(self.secret.pa, target, PAGE_SIZE)
+        return self.secret_at(target)
+
+    def secret_lent(self) -> str | None:
+        """What the accomplice finds at the secret, lent to it. Raises OSError, AgentExitError."""
+        accomplice = self.accomplice
+        self.lend(self.secret.pa >> PAGE_SHIFT, FREE_GFN)
+        return self.reveals(accomplice.look(FREE_GFN))
+
+    def spoil(self, write: Callable[[Page], object]) -> str | None:
+        """Let `write` loose on every page of the secret; what it came to. Raises what `write`
+        raised if no page was reached."""
         refused = 0
         error: Exception | None = None
         for page in self.pages:
             try:
-                write(page.pa, b"spoilt")
+                write(page)
             except (OSError, Stage2Fault, BusError) as failure:
                 refused, error = refused + 1, failure
         if error is not None and refused == len(self.pages):

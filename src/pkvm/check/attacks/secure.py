@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 
 from pkvm.arm64 import ffa
 from pkvm.arm64.ffa import Function, Registers
 from pkvm.arm64.ffa_memory import Constituent, write_transaction
-from pkvm.arm64.smccc import NOT_SUPPORTED
 from pkvm.arm64.stage2 import PAGE_SIZE
 from pkvm.check.attacks.scene import Scene
 from pkvm.host.ffa import FfaCallError, FfaDriver
@@ -39,15 +37,13 @@ def give_past_el2(scene: Scene, upper: int, map_buffers: int, give: int) -> byte
     tx = scene.new_pages(2)
 
     def smc(function: int, *arguments: int) -> Registers:
-        answer = scene.kernel.smc(ffa.registers(upper | function, *arguments))
+        answer = scene.smc(upper | function, *arguments)
         status = ffa.status_of(answer)
         if status is not None:
             raise FfaCallError(Function(function).name, status)
-        if answer[0] == NOT_SUPPORTED:
-            raise OSError(errno.ENOSYS, "the SMC was answered with NOT_SUPPORTED")
         return answer
 
-    scene.kernel.smc(ffa.registers(Function.FFA_VERSION, ffa.VERSION_1_2))
+    scene.smc(Function.FFA_VERSION, ffa.VERSION_1_2)
     try:
         smc(Function.FFA_RXTX_UNMAP)
     except (FfaCallError, OSError):

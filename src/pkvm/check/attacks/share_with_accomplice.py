@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pkvm.arm64.stage2 import PAGE_SHIFT
 from pkvm.check.attacks.scene import Scene
 
 TRIES = "map the guest's page into a VM of the attacker's"
@@ -12,4 +11,4 @@ GUARD = "a page is lent only by its owner"
 
 def attempt(scene: Scene) -> str | None:
     """HOST_SHARE_GUEST of the page, and a look from inside."""
-    return scene.lend(scene.secret.pa >> PAGE_SHIFT)
+    return scene.secret_lent()

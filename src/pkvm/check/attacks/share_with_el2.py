@@ -16,4 +16,4 @@ def attempt(scene: Scene) -> str | None:
     pfn = scene.secret.pa >> PAGE_SHIFT
     scene.el2(HostCall.HOST_SHARE_HYP, pfn)
     scene.el2(HostCall.HOST_UNSHARE_HYP, pfn)
-    return scene.lend(pfn)
+    return scene.secret_lent()

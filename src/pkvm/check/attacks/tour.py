@@ -64,24 +64,26 @@ class Material(NamedTuple):
 
 
 @contextmanager
-def staged(material: Material, attacks: Iterable[Attack], *, sound: bool = True) -> Iterator[Scene]:
+def staged(material: Material, attacks: Iterable[Attack]) -> Iterator[Scene]:
     """A system with a guest that keeps a secret, after what these attacks do before there is one.
     Raises GuestError, LoadError, OSError.
 
-    The VM is closed at the end if EL2 is `sound`; else the whole machine goes at once: an EL2 that
-    let an attack through may not be able to take a VM apart.
+    The VM is closed at the end if the scene is `sound`; else the whole machine goes at once: an EL2
+    that let an attack through may not be able to take a VM apart.
     """
     system = System(MACHINE_BYTES)
     for one in attacks:
         prepare(one, system)
     guest = LinuxGuest(system.open(), material.kernel, material.initrd)
+    scene = None
     try:
         guest.start()
         guest.boot()
-        yield Scene(system, guest)
+        scene = Scene(system, guest)
+        yield scene
     finally:
         guest.stop()
-        if sound:
+        if scene is not None and scene.sound:
             guest.vmm.close()
             system.close()
         else:
@@ -110,7 +112,8 @@ def tour(
 def weakened_twin(name: str, material: Material) -> Verdict:
     """The verdict of an attack on an EL2 without its guard, on a machine of its own."""
     one = attack(name)
-    with weakened(one.GUARD), staged(material, (one,), sound=False) as scene:
+    with weakened(one.GUARD), staged(material, (one,)) as scene:
+        scene.sound = False
         return attempt(name, one, scene)
 
 
@@ -140,6 +143,7 @@ def attempt(name: str, one: Attack, scene: Scene) -> Verdict:
         end, words = End.HARM, "the guest's data is not as it left it, or it does not answer"
     elif problems:
         end, words = End.HARM, problems[0]
+    scene.sound = scene.sound and end is End.REFUSED
     if end is End.REFUSED and not places and where(one):
         places.append(place_of(where(one), one.GUARD))
     return Verdict(name, one.TRIES, one.GUARD, end, words, tuple(places), whole)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host takes back the page of a vCPU that EL2 uses, and gives it to a guest."""
+"""The host takes back the page of a VM that it shares with EL2."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pkvm.check.attacks.scene import Scene
+from pkvm.check.attacks.scene import NOISE, Scene
 
 TRIES = "store to the guest's pages with the host's CPU"
 GUARD = "a donated page leaves the host's stage-2"
@@ -11,4 +11,4 @@ GUARD = "a donated page leaves the host's stage-2"
 
 def attempt(scene: Scene) -> str | None:
     """Write into each page."""
-    return scene.spoil(scene.host_bus.write)
+    return scene.spoil(lambda page: scene.host_bus.write(page.pa, NOISE))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pkvm.check.attacks.scene import Scene
+from pkvm.check.attacks.scene import NOISE, Scene
 
 TRIES = "let the copy engine write to the guest's pages"
 GUARD = "devices lose what the host loses"
@@ -12,4 +12,4 @@ GUARD = "devices lose what the host loses"
 def attempt(scene: Scene) -> str | None:
     """DMA to each page."""
     source = scene.new_pages()
-    return scene.spoil(lambda pa, data: scene.dma(source, pa, len(data)))
+    return scene.spoil(lambda page: scene.dma(source, page.pa, len(NOISE)))

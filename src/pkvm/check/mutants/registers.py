@@ -62,9 +62,6 @@ def _raw_entropy(engine: CpuEngine, vcpu: Vcpu, host_x0: int) -> tuple[int, int,
     return (host_x0, first, second, third)
 
 
-_DATA_ABORTS = (ExitClass.MMIO_READ, ExitClass.MMIO_WRITE, ExitClass.DABT)
-
-
 def _interrupt_advances(stack: ExitStack) -> None:
     """The host may step over an instruction at an interrupt."""
     accept = Exits.accept
