@@ -116,7 +116,7 @@ def test_numbers_that_cannot_be(count: int, parts: int, number: int) -> None:
     with rig() as made:
         fd = made.kvm.kernel.open("/dev/dma-sg")
         part = (made.ram.address, made.ram.address, 1)
-        with pytest.raises(OSError) as refused:  # noqa: PT011
+        with pytest.raises(OSError) as refused:  # noqa: PT011 - its number differs by row
             move(made, fd, *[part] * parts, count=count)
         assert refused.value.errno == number
         with pytest.raises(OSError, match="no ioctl"):
