@@ -81,7 +81,7 @@ class Watch:
         vms: Callable[[], Iterable[GuestMemory]],
     ) -> None:
         self._mem = mem
-        self._table = find_vm
+        self._find_vm = find_vm
         self._vms = vms
         self._scratch = Scratch()
         self._words = mem.memory.words
@@ -105,7 +105,7 @@ class Watch:
         if event.npages > FEW:
             return self._look_at_many(event)
         problems: list[str] = []
-        vm = self._table(event.vm) if event.vm else None
+        vm = self._find_vm(event.vm) if event.vm else None
         for offset in range(0, event.npages << PAGE_SHIFT, PAGE_SIZE):
             self._look(event.pa + offset, vm, event.ipa + offset, problems)
         return problems
