@@ -17,12 +17,9 @@ from pkvm.host.el2 import DONE, value_of
 from pkvm.host.memslots import Slot
 from pkvm.host.pages import BLOCK_PAGES
 from pkvm.host.ports import PAGE_SHIFT
-from pkvm.host.vm import Vm
+from pkvm.host.vm import TABLES_A_MAPPING, Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import LostPage
-
-_TABLES = 2
-"""Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
 
 
 def touch(vm: Vm, slot: Slot, ipa: int) -> None:
@@ -40,7 +37,7 @@ def touch(vm: Vm, slot: Slot, ipa: int) -> None:
                 errno.EFAULT,
                 f"the host took the guest's page at IPA {ipa:#x} by force, and the guest wants it",
             )
-        _donate(vm, vm.host.users.place(_user(slot, gfn), 1).pfn, gfn, 1)
+        _donate(vm, vm.host.users.place(slot.user_of(gfn << PAGE_SHIFT), 1).pfn, gfn, 1)
     elif vm.touch_pages < BLOCK_PAGES or not _give_block(vm, slot, gfn & -BLOCK_PAGES):
         _give(vm, slot, gfn, 1)
 
@@ -52,7 +49,7 @@ def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
     if any(gfn in vm.donated for gfn in range(block, block + BLOCK_PAGES)):
         return False
     try:
-        place = vm.host.users.place(_user(slot, block), BLOCK_PAGES)
+        place = vm.host.users.place(slot.user_of(block << PAGE_SHIFT), BLOCK_PAGES)
         if (place.pfn - block) % BLOCK_PAGES:
             return False
         _give(vm, slot, block, BLOCK_PAGES)
@@ -64,7 +61,7 @@ def _give_block(vm: Vm, slot: Slot, block: int) -> bool:
 def _give(vm: Vm, slot: Slot, gfn: int, npages: int) -> None:
     """Count, pin, donate. Raises OSError, and nothing has changed then."""
     host = vm.host
-    user = slot.user + (gfn << PAGE_SHIFT) - slot.ipa
+    user = slot.user_of(gfn << PAGE_SHIFT)
     host.memlock.charge(npages)
     try:
         mapping = host.users.pinned(user, npages << PAGE_SHIFT, protected=True)
@@ -84,12 +81,8 @@ def _donate(vm: Vm, pfn: int, gfn: int, npages: int) -> None:
     if registers == DONE:
         return
     if value_of(registers) == -errno.ENOMEM:
-        vm.topup(_TABLES)
+        vm.topup(TABLES_A_MAPPING)
         registers = donate(pfn, gfn, npages)
     result = value_of(registers)
     if result < 0:
         raise OSError(-result, f"EL2 does not give the guest IPA {gfn << PAGE_SHIFT:#x}")
-
-
-def _user(slot: Slot, gfn: int) -> int:
-    return slot.user + (gfn << PAGE_SHIFT) - slot.ipa

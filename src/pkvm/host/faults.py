@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Stage-2 faults of non-protected guests on memory slots: share host pages, a block if it fits.
 
-A protected guest has all its memory from the start (RFC 7.26.1), so it never
-gets here.
+A protected guest's memory is given to it and not shared: all at once (`protected`) or at its first
+touch (`donation`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ import errno
 
 from pkvm.host.memslots import Slot
 from pkvm.host.ports import PAGE_SHIFT, PAGE_SIZE
-from pkvm.host.vm import Vm
+from pkvm.host.vm import TABLES_A_MAPPING, Vm
 from pkvm.hyp.abi import PROT_RWX, PROT_W, HostCall
 
 _BLOCK = 1 << 21
 _BLOCK_PAGES = _BLOCK >> PAGE_SHIFT
-_TABLES = 2
-"""Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
 
 
 def share(vm: Vm, slot: Slot, ipa: int, *, write: bool = False) -> None:
@@ -27,7 +25,7 @@ def share(vm: Vm, slot: Slot, ipa: int, *, write: bool = False) -> None:
     `write` write to; ENOMEM, or what EL2 answers.
     """
     block = ipa & ~(_BLOCK - 1)
-    user = slot.user + (ipa & ~(PAGE_SIZE - 1)) - slot.ipa
+    user = slot.user_of(ipa & ~(PAGE_SIZE - 1))
     mapping = vm.host.users.find(user, PAGE_SIZE)
     if not (mapping.writable if write else mapping.readable) or mapping.backing.plain_errno:
         raise OSError(errno.EFAULT, f"the VMM's own page at {user:#x} is not for that")
@@ -59,7 +57,7 @@ def _fits(slot: Slot, block: int) -> bool:
 
 def _share_block(vm: Vm, slot: Slot, block: int) -> bool:
     """Try to map a 2 MiB block; False if its memory is not one aligned block, or not all free."""
-    user = slot.user + block - slot.ipa
+    user = slot.user_of(block)
     try:
         pa = vm.host.users.pa(user, _BLOCK)
     except OSError:
@@ -74,14 +72,14 @@ def _share(vm: Vm, slot: Slot, ipa: int, npages: int, *, write: bool) -> int:
     """HOST_SHARE_GUEST, to `write` to if that may be, with table pages as needed; 0 or a negative
     errno."""
     users = vm.host.users
-    user = slot.user + ipa - slot.ipa
+    user = slot.user_of(ipa)
     mapping = users.find(user, npages << PAGE_SHIFT)
     place = users.place(user, npages)
     prot = PROT_RWX if write and mapping.writable else PROT_RWX & ~PROT_W
     call, args = HostCall.HOST_SHARE_GUEST, (place.pfn, ipa >> PAGE_SHIFT, npages, prot)
     result = vm.host.el2.try_call(call, *args)
     if result == -errno.ENOMEM:
-        vm.topup(_TABLES)
+        vm.topup(TABLES_A_MAPPING)
         result = vm.host.el2.try_call(call, *args)
     if result >= 0:
         vm.share(ipa >> PAGE_SHIFT, place)

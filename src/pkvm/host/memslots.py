@@ -44,6 +44,10 @@ class Slot:
         """First IPA after the slot."""
         return self.ipa + self.size
 
+    def user_of(self, ipa: int) -> int:
+        """The user address behind an IPA of the slot."""
+        return self.user + ipa - self.ipa
+
     @property
     def logs_dirty_pages(self) -> bool:
         """Whether KVM is to tell which pages the guest wrote to."""

@@ -97,4 +97,4 @@ def _user(vcpu: Vcpu, ipa: int) -> int | None:
     slot = vcpu.vm.slots.at(ipa)
     if slot is None or slot.readonly:
         return None
-    return slot.user + ipa - slot.ipa
+    return slot.user_of(ipa)

@@ -24,6 +24,8 @@ from pkvm.host.vgic.gic import Gic
 from pkvm.hyp.abi import MAX_VCPUS, VCPU_AREA_BYTES, VM_AREA_BYTES, HostCall, HostVcpu, HostVm
 from pkvm.uapi.dialects import Memory, Primary, Registers, Slots
 
+TABLES_A_MAPPING = 2
+"""Table pages that one mapping can need: levels 2 and 3 (the root is at level 1)."""
 _TOUCH_PAGES = {Memory.AT_ENABLE: 0, Memory.TOUCHED_BLOCKS: BLOCK_PAGES, Memory.TOUCHED_PAGES: 1}
 
 
