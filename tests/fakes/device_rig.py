@@ -30,7 +30,10 @@ class DeviceGuest:
         code = [a64.WFI, a64.HVC, 0x17FF_FFFE]
         self.guest = Guest(self.el2, code, firmware=False, tables=tables, ram_pages=ram_pages)
         self.handle = self.guest.handle
-        assert self.guest.run() == ExitCode.TRAP
+        end = self.guest.run()
+        while end == ExitCode.IRQ:  # meant for the vCPU before
+            end = self.guest.run()
+        assert end == ExitCode.TRAP
         self.engine = self.el2.engine
         self.asked: list[int] = []
         """IPAs at which EL2 asked the host for a page."""

@@ -80,14 +80,20 @@ SIGNATURES: dict[HostCall, tuple[str, set[Errno]]] = {
     HostCall.IOMMU_ALLOC_DOMAIN: ("domain pa", {E.EINVAL, E.EEXIST, E.ENOMEM}),
     HostCall.IOMMU_FREE_DOMAIN: ("domain", {E.ENOENT, E.EBUSY}),
     HostCall.IOMMU_TOPUP: ("domain pa count", {E.EINVAL, E.ENOENT, E.ENOMEM}),
-    HostCall.IOMMU_ATTACH: ("domain stream", {E.ENOENT, E.EBUSY}),
-    HostCall.IOMMU_DETACH: ("domain stream", {E.ENOENT, E.EINVAL}),
+    HostCall.IOMMU_ATTACH: ("domain stream", {E.ENOENT, E.EBUSY, E.EPERM}),
+    HostCall.IOMMU_DETACH: ("domain stream", {E.ENOENT, E.EINVAL, E.EPERM}),
     HostCall.IOMMU_MAP: (
         "domain pa pa bytes word",
         {E.EINVAL, E.ENOENT, E.EPERM, E.EEXIST, E.EBUSY, E.ENOMEM},
     ),
     HostCall.IOMMU_UNMAP: ("domain pa bytes", {E.EINVAL, E.ENOENT}),
     HostCall.IOMMU_EVENTS: ("pa", {E.EINVAL, E.EPERM, E.EBUSY}),
+    HostCall.ASSIGN_DEVICE: (
+        "handle pa word word", {E.EINVAL, E.ENOENT, E.EPERM, E.EEXIST, E.EBUSY},
+    ),
+    HostCall.MAP_DEVICE_GUEST: (
+        "handle pa gfn", {E.EINVAL, E.ENOENT, E.EPERM, E.EEXIST, E.ENOMEM},
+    ),
 }  # fmt: skip
 """What each argument is, and every errno that the call may give."""
 
@@ -126,6 +132,8 @@ def test_the_host(policy: Policy, todo: list[Move], loaded: str | None) -> None:
             (HostCall.FORCE_RECLAIM_GUEST_PAGE, policy.memory.force_reclaim),
             (HostCall.SPLIT_GUEST, policy.memory.split_call),
             (HostCall.SET_FIRMWARE, policy is not UPSTREAM),
+            (HostCall.ASSIGN_DEVICE, policy.device_calls),
+            (HostCall.MAP_DEVICE_GUEST, policy.device_calls),
         )
         if not there
     }

@@ -330,3 +330,27 @@ def test_permissions(owner: DeviceGuest) -> None:
         device.write(IOVA, b"x")
     with pytest.raises(Stage2Fault):
         device.read(IOVA + PAGE, 4)
+
+
+def test_the_mmio_guard_knows_a_device_of_the_guests_own(guest: DeviceGuest) -> None:
+    """Whether the guest marks the frame before the host maps the registers there, or after."""
+    assert guest.hvc(Function.MMIO_GUARD_ENROLL)[0] == SUCCESS
+    assert guest.hvc(Function.MMIO_GUARD_MAP, DEVICE_IPA)[0] == SUCCESS
+    guest.assign()
+    leaf = guest.guest.vm.stage2.leaf(DEVICE_IPA)
+    assert guest.hvc(Function.MMIO_GUARD_MAP, DEVICE_IPA)[0] == SUCCESS
+    assert guest.guest.vm.stage2.leaf(DEVICE_IPA) == leaf
+    assert guest.hvc(Function.DEV_REQ_MMIO, DEVICE_IPA)[1] == DMA_BASE
+
+
+@pytest.mark.parametrize(
+    "call", [Function.MEM_SHARE, Function.MEM_UNSHARE, Function.MEM_RELINQUISH]
+)
+def test_registers_are_no_memory(owner: DeviceGuest, call: Function) -> None:
+    before = owner.guest.vm.stage2.leaf(DEVICE_IPA)
+    assert owner.hvc(call, DEVICE_IPA)[0] == INVALID
+    assert owner.guest.vm.stage2.leaf(DEVICE_IPA) == before
+    owner.el2.assert_refused(
+        errno.EPERM, HostCall.DONATE_GUEST_SGLIST, owner.handle,
+        owner.el2.list_page((owner.el2.pages() >> 12, DEVICE_IPA >> 12, 1)), 1,
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from pkvm.arm64.stage2 import ANNOTATION_MMIO, LAST_LEVEL, PAGE_MASK, PAGE_SHIFT
+from pkvm.hyp.assignment import is_device
 from pkvm.hyp.bulk import missing_tables, runs_in
 from pkvm.hyp.errors import Errno, Refused
 from pkvm.hyp.mem_protect import MemProtect
@@ -37,8 +38,8 @@ def allows(vm: Vm, ipa: int, nbytes: int) -> bool:
 
 
 def mark(mem: MemProtect, vm: Vm, ipa: int, nr: int) -> int:
-    """Mark `nr` frames from `ipa`, at most 256, as devices; those that are stay so. Both are the
-    guest's numbers. Returns how many.
+    """Mark `nr` frames from `ipa`, at most 256, as devices; those that are stay so, and so do
+    registers of a device that the guest was given. Both are the guest's numbers. Returns how many.
 
     Raises Refused, and has then changed nothing: EPERM (not enrolled; a frame has memory, or had
     some that is poisoned), EINVAL (not aligned, none, wrapping), ERANGE (beyond the IPA space),
@@ -63,7 +64,7 @@ def mark(mem: MemProtect, vm: Vm, ipa: int, nr: int) -> int:
             entry, _ = stage2.leaf(frame << PAGE_SHIFT)
             if not entry:
                 empty.append(frame)
-            elif entry != ANNOTATION_MMIO:
+            elif entry != ANNOTATION_MMIO and not is_device(entry):
                 why = "the frame is or was memory"
                 raise Refused(
                     Errno.EPERM, "guest_state", why, ipa=frame << PAGE_SHIFT, vm=vm.handle
