@@ -11,6 +11,7 @@ import pytest
 
 import pkvm
 from pkvm.check.scenarios import TOPICS, record, runner
+from pkvm.check.scenarios.__main__ import main as command
 from pkvm.check.scenarios.bench import DEVICE, FREE, PAGE, RAM, Bench
 from pkvm.check.scenarios.observation import Observation
 from pkvm.check.scenarios.watchdog import Watchdog
@@ -141,3 +142,15 @@ def test_the_watchdog_barks_until_it_is_stopped_and_never_for_what_was_in_time()
             assert heard.acquire(timeout=20)
         watchdog.stop()
     assert set(barks) == {"late"}
+
+
+@pytest.mark.parametrize("backend", ["/nowhere/kvm", "nothing"])
+def test_bad_backend_is_one_line(
+    backend: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scenarios", "--backend", backend])
+    assert command() == 1
+    error = capsys.readouterr().err
+    assert backend in error
+    assert "Errno" not in error
+    assert error.count("\n") == 1

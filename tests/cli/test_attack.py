@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ def test_the_catalogue(capfd: pytest.CaptureFixture[str]) -> None:
     assert len({attack(name).TRIES for name in NAMES}) == len(NAMES)
 
 
+def test_the_catalogue_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["attack", "--list", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert [row["name"] for row in rows] == list(NAMES)
+    assert all(row["tries"] for row in rows)
+
+
 def test_every_module_is_in_the_catalogue() -> None:
     folder = Path(attacks.__file__).parent
     modules = {path.stem for path in folder.glob("*.py") if "\nTRIES = " in path.read_text()}
@@ -31,7 +39,8 @@ def test_every_module_is_in_the_catalogue() -> None:
     [
         (["read_minds"], 2, "there is no attack 'read_minds'; --list lists them"),
         (["--kernel", "/nowhere", "--initrd", "/nowhere"], 2, "/nowhere: No such file"),
-        (["--kernel", "/bin/sh", "--initrd", "/bin/sh", "read_by_cpu"], 2, "not AArch64"),
+        (["--kernel", "/bin/sh", "--initrd", "/bin/sh", "read_by_cpu"], 2, "not an arm64 kernel"),
+        (["--kernel", __file__, "--initrd", __file__], 2, "not an arm64 kernel"),
     ],
 )
 def test_what_it_cannot_use(

@@ -8,6 +8,7 @@ import pytest
 
 from pkvm.cli import bed_options
 from pkvm.testbed.base import silent
+from pkvm.vmm.errors import LoadError
 
 
 class Screen(io.StringIO):
@@ -46,3 +47,27 @@ def test_the_machine_is_what_the_options_say() -> None:
     args = parser.parse_args(["--cpu", "max", "--smp", "3", "--memory", "2G", "--qemu", "q"])
     machine = bed_options.emulated(args, silent).machine
     assert (machine.cpu, machine.cpus, machine.memory, machine.program) == ("max", 3, 2048, "q")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--smp", "0"], "choose --smp 1"), (["--memory", "1M"], "choose 128M or more")],
+)
+def test_bad_machine_is_not_started(options: list[str], words: str) -> None:
+    parser = argparse.ArgumentParser()
+    bed_options.add_options(parser, {})
+    with pytest.raises(LoadError, match=words):
+        bed_options.emulated(parser.parse_args(options), silent)
+
+
+def test_options_of_a_machine_that_nobody_starts() -> None:
+    parser = argparse.ArgumentParser()
+    bed_options.add_options(parser, {"default": argparse.SUPPRESS})
+    args = parser.parse_args([])
+    bed_options.settle(args, wanted=False)
+    assert vars(args) == bed_options.DEFAULTS
+    args = parser.parse_args(["--smp", "4"])
+    bed_options.settle(args, wanted=True)
+    assert vars(args) == bed_options.DEFAULTS | {"smp": 4}
+    with pytest.raises(LoadError, match="for --smp"):
+        bed_options.settle(parser.parse_args(["--smp", "4"]), wanted=False)

@@ -63,6 +63,7 @@ def test_a_difference_is_told_in_words(capsys: pytest.CaptureFixture[str], tmp_p
 @pytest.mark.parametrize(
     ("text", "words"),
     [("{", "is not JSON"), ('{"format": 9}', "format 1"),
+     ("[" * 100_000, "is not JSON"),
      ('{"format": 1, "machine": {}, "topics": {}}', "has nothing on vm_types")],
 )  # fmt: skip
 def test_a_record_that_is_none(
@@ -86,3 +87,39 @@ def test_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = compare(capsys, "--backend", "/nowhere/kvm")
     assert status != 0
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backend", "kvm"], "'kvm' is not a device such as /dev/kvm"),
+        (["--backend", "model"], "'model' is not a device such as /dev/kvm"),
+        (
+            ["--cpu", "max", "--smp", "4"],
+            "without --testbed there is no emulated machine for --cpu",
+        ),
+        (["--testbed", "--smp", "0"], "choose --smp 1 or more"),
+        (["--testbed", "--memory", "1"], "choose 128M or more"),
+    ],
+)
+def test_bad_options_are_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    ended: int | str | None
+    try:
+        ended = main(["compare", *arguments])
+    except SystemExit as exit_:
+        ended = exit_.code
+    out, err = capsys.readouterr()
+    assert (ended, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--svg", "--record"])
+def test_a_file_that_takes_nothing_is_named(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    status, _, err = compare(capsys, "--topic", "psci", option, "/dev/full")
+    assert status == 2
+    assert "/dev/full: No space left on device" in err

@@ -120,3 +120,9 @@ def test_bad_disk_is_one_line(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert str(tmp_path / what) in captured.err
+
+
+@pytest.mark.parametrize("value", ["", ",dma", ",ro,dma"])
+def test_bad_disk_without_a_name(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--disk", value]) == status.USAGE
+    assert "name a file first" in capsys.readouterr().err

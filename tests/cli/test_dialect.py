@@ -40,6 +40,7 @@ def test_a_limit_of_locked_memory_says_what_to_do(capsys: pytest.CaptureFixture[
     result = json.loads(capsys.readouterr().out)
     assert result["outcome"] == "kernel-error"
     assert "ulimit -l" in result["detail"]
+    assert "Errno" not in result["detail"]
 
 
 @pytest.mark.parametrize("name", ["android", "upstream"])

@@ -11,7 +11,7 @@ import pytest
 import pkvm
 from fakes.linux_fixtures import Linux
 from pkvm.check.attacks import NAMES, attack
-from pkvm.check.attacks.tour import End, Material, tour, weakened_twin
+from pkvm.check.attacks.tour import End, Material, staged, tour, weakened_twin
 from pkvm.check.mutants import MUTANTS
 from pkvm.cli.main import main
 
@@ -57,3 +57,11 @@ def test_the_command_tells_in_json(linux: Linux, capfd: pytest.CaptureFixture[st
     said = capfd.readouterr().out
     assert "it read: the guest's secret" in said
     assert "1 of 1 attacks got through without their guards" in said
+
+
+def test_the_stock_kernel_has_memory_to_spare(linux: Linux) -> None:
+    material = Material(linux.kernel("7.3").read_bytes(), linux.initrd.read_bytes())
+    with staged(material, ()) as scene:
+        free = scene.guest.shell("grep MemFree /proc/meminfo").split()
+    assert free[2] == "kB"
+    assert int(free[1]) >= 32 << 10

@@ -16,6 +16,8 @@ from pkvm.cli import status, terminal
 from pkvm.cli.options import read_file
 from pkvm.testbed import initramfs
 from pkvm.testbed.debian import DebianError, Packages
+from pkvm.vmm.errors import LoadError
+from pkvm.vmm.loader import is_kernel_file
 
 SERIES = "7.3"
 """The Debian kernel that is fetched if none is named."""
@@ -53,7 +55,7 @@ def execute(args: argparse.Namespace) -> int:
     if unknown:
         return _complain(f"there is no attack {unknown[0]!r}; --list lists them", status.USAGE)
     if args.list:
-        terminal.write_line(_listed())
+        terminal.write_line(_listed_facts() if args.json else _listed())
         return status.OK
     names = args.attacks or NAMES
     verdicts: list[Verdict] = []
@@ -82,11 +84,14 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _material(args: argparse.Namespace) -> Material:
-    """The guest's files. Raises DebianError, OSError."""
+    """The guest's files. Raises DebianError, LoadError, OSError."""
     packages = Packages()
-    kernel = args.kernel or packages.kernel(SERIES)
+    kernel = str(args.kernel or packages.kernel(SERIES))
+    data = read_file(kernel, "a kernel")
+    if not is_kernel_file(data):
+        raise LoadError(f"{kernel}: not an arm64 kernel (Image, gzip or EFI zboot file)")
     initrd = args.initrd or initramfs.cached(packages.busybox())
-    return Material(read_file(str(kernel), "a kernel"), read_file(str(initrd), "an initramfs"))
+    return Material(data, read_file(str(initrd), "an initramfs"))
 
 
 def _verdicts(
@@ -107,6 +112,10 @@ def _verdicts(
 def _listed() -> str:
     width = max(map(len, NAMES))
     return "\n".join(f"{name:<{width}}  {attack(name).TRIES}" for name in NAMES)
+
+
+def _listed_facts() -> str:
+    return json.dumps([{"name": name, "tries": attack(name).TRIES} for name in NAMES])
 
 
 def _told(verdict: Verdict, paint: Callable[[str, str], str]) -> str:

@@ -34,7 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="a recorded run; without FILE the stock kernel's that comes with pkvm (the default)",
     )
     other.add_argument(
-        "--backend", metavar="PATH", help="this computer's kernel, such as /dev/kvm on arm64"
+        "--backend",
+        type=options.device,
+        metavar="PATH",
+        help="this computer's kernel, such as /dev/kvm on arm64",
     )
     other.add_argument(
         "--testbed",
@@ -44,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     other.add_argument(
         "--ssh", metavar="USER@HOST", help="the kernel of another arm64 machine, as root"
     )
-    bed_options.add_options(parser, {})
+    bed_options.add_options(parser, {"default": argparse.SUPPRESS})
     parser.add_argument(
         "--topic", action="append", metavar="NAME", help="compare this topic alone; may be repeated"
     )
@@ -62,6 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Compare and print; 0 if every difference is explained."""
+    bed_options.settle(args, wanted=args.testbed)
     topics = args.topic or list(TOPICS)
     try:
         for topic in topics:
@@ -70,13 +74,11 @@ def execute(args: argparse.Namespace) -> int:
     except (runner.UnknownTopicError, RecordError) as error:
         return _complain(str(error))
     if args.record is not None:
-        text = record.to_json(theirs.machine, theirs.observations)
-        Path(args.record).write_text(text, encoding="utf-8")
+        options.write_file(args.record, record.to_json(theirs.machine, theirs.observations))
     ours = model_run.run(topics, seconds=args.seconds)
     comparison = compare(ours, theirs.observations, EXPLANATIONS)
     if args.svg is not None:
-        picture = agreement_picture.svg(comparison, _machine(theirs))
-        Path(args.svg).write_text(picture, encoding="utf-8")
+        options.write_file(args.svg, agreement_picture.svg(comparison, _machine(theirs)))
     if args.json:
         terminal.write_line(json.dumps(_facts(comparison, theirs)))
     else:

@@ -43,6 +43,8 @@ def disk(value: str | None, args: argparse.Namespace) -> VirtioDevice:
     while path.endswith((",ro", ",dma")):
         path, _, flag = path.rpartition(",")
         flags.add(flag)
+    if not path:
+        raise LoadError(f"--disk {value}: name a file first")
     disk = Disk(path, read_only="ro" in flags)
     return Block(disk, identity=path.rpartition("/")[2], by_dma="dma" in flags)
 

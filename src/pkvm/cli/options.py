@@ -72,6 +72,22 @@ def backend(text: str) -> str:
     )
 
 
+def device(text: str) -> str:
+    """The path of a kernel's device."""
+    if text.startswith("/"):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not a device such as /dev/kvm")
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file of text. Raises OSError with the file's name."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        # Python leaves the name out where it is the writing that fails.
+        raise OSError(error.errno, error.strerror, path) from error
+
+
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """What kind of machine. `settle` gives those that are not there their defaults."""
     group = parser.add_argument_group(

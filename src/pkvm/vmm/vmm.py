@@ -371,7 +371,9 @@ class Vmm:
             try:
                 exit_ = run()
             except OSError as error:
-                return Outcome("kernel-error", f"KVM_RUN of vCPU {vcpu.id}: {error}")
+                return Outcome(
+                    "kernel-error", f"KVM_RUN of vCPU {vcpu.id}: {error.strerror or error}"
+                )
             if type(exit_) is Mmio:
                 address, size, data, is_write = exit_
                 self.ran = True

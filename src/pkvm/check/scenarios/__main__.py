@@ -26,7 +26,10 @@ def main() -> int:
     try:
         with _open(args.backend) as kvm:
             seen = runner.run(kvm, args.topic or TOPICS, seconds=args.seconds, progress=_progress)
-    except (OSError, ValueError, runner.UnknownTopicError) as error:
+    except OSError as error:
+        print(f"error: {error.filename or args.backend}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (ValueError, runner.UnknownTopicError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.lines:

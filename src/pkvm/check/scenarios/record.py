@@ -67,7 +67,7 @@ def from_json(text: str, name: str = "the record") -> Record:
     """Read a record's text. Raises RecordError, with `name` in its words."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{name} is not JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise RecordError(f"{name} is not a record of format {FORMAT}; make one with --record")
