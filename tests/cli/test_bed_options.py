@@ -51,7 +51,7 @@ def test_the_machine_is_what_the_options_say() -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--smp", "0"], "choose --smp 1"), (["--memory", "1M"], "choose 128M or more")],
+    [(["--smp", "0"], "choose --smp 1"), (["--memory", "255M"], "choose 256M or more")],
 )
 def test_bad_machine_is_not_started(options: list[str], words: str) -> None:
     parser = argparse.ArgumentParser()

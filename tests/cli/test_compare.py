@@ -99,7 +99,7 @@ def test_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
             "without --testbed there is no emulated machine for --cpu",
         ),
         (["--testbed", "--smp", "0"], "choose --smp 1 or more"),
-        (["--testbed", "--memory", "1"], "choose 128M or more"),
+        (["--testbed", "--memory", "1"], "choose 256M or more"),
     ],
 )
 def test_bad_options_are_one_line(

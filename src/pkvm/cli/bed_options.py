@@ -16,8 +16,8 @@ from pkvm.testbed.store import KERNEL
 from pkvm.vmm.errors import LoadError
 
 MIB = 1 << 20
-LEAST_MIB = 128
-"""RAM below which the root alone does not fit."""
+LEAST_MIB = 256
+"""RAM below which the root does not fit, or leaves no room."""
 _MACHINE = qemu.Machine()
 DEFAULTS: dict[str, Any] = {
     "kernel": KERNEL,
