@@ -3,10 +3,10 @@
 
 `MemProtect` ties the pairs of those who trust each other not: host and EL2
 (`host_hyp`), host and secure world (`host_ffa`), host and guests (`host_guest`,
-`guest_attributes`), guest and host (`guest_host`, `relinquish`), the end of a VM
-(`reclaim`) and the end of a page before it (`force_reclaim`). Every transition
-checks everything, then changes everything; a refused one raises `Refused` and
-has changed nothing.
+`guest_attributes`), guest and host (`guest_host`, `relinquish`), either and its
+devices (`host_dma`, `guest_dma`), the end of a VM (`reclaim`) and the end of a
+page before it (`force_reclaim`). Every transition checks everything, then
+changes everything; a refused one raises `Refused` and has changed nothing.
 
 EL2's memory is the carve-out, given at boot: the ownership records, then the
 pool of table pages for the host's and the DMA masters' stage-2. Guests' tables
