@@ -25,3 +25,15 @@ def test_the_benchmarks_it_names_exist() -> None:
     assert len(names) >= 7
     for name in names:
         assert f'"{name}"' in sources, name
+
+
+def test_the_programs_it_names_exist() -> None:
+    names = re.findall(r"`(benchmarks/\w+\.py)", TEXT)
+    assert names
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_numbers_run_from_1_up() -> None:
+    numbers = re.findall(r"^(?:\| )?(\d+)(?:\.| \|) ", TEXT, re.MULTILINE)
+    assert list(map(int, numbers)) == list(range(1, len(numbers) + 1))
