@@ -4,6 +4,7 @@ and moves bytes of its private memory by DMA."""
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 import pytest
@@ -16,11 +17,12 @@ from pkvm.hyp.abi import HOST_CALL_BASE, HostCall
 from pkvm.machine.dma import CTRL, CTRL_START, DST, FAULT_IPA, LEN, SRC, STATUS, STATUS_BUSY
 from pkvm.machine.machine import DMA_BASE, DMA_STREAM, SMMU_BASE
 from pkvm.machine.stage2 import Stage2Fault
+from pkvm.uapi.kvm import DeviceAssign, DmaCopy
 
 PAGE = 4096
 DEVICE_IPA = 0x1A00_0000
 IOVA = 0x5000_0000
-PVIOMMU, VSID = 1, 0x10
+PVIOMMU, VSID = DeviceAssign.PVIOMMU, 0x10
 BUFFER = RAM_IPA + 0x10_0000
 SECRET = 0x5EC2E7_5EC2E7
 
@@ -31,6 +33,11 @@ def host_call(party: Party, call: HostCall, *args: int) -> int:
     return result
 
 
+def give(party: Party, driver: int, vm_fd: int, ipa: int) -> None:
+    argument = bytearray(DeviceAssign.ARGS.pack(vm_fd, VSID, ipa))
+    party.kvm.kernel.ioctl(driver, DeviceAssign.ASSIGN, argument)
+
+
 class Owner:
     """The agent in a VM that has the copy engine."""
 
@@ -39,11 +46,9 @@ class Owner:
         self.agent: Agent = party.agent()
         (vm,) = party.system.hyp.vms()
         self.handle = vm.handle
-        assert host_call(party, HostCall.ASSIGN_DEVICE, self.handle, DMA_BASE, PVIOMMU, VSID) == 0
-        [hosts_vm] = party.system.host._host.vms
-        hosts_vm.topup(4)
-        gfn = DEVICE_IPA >> 12
-        assert host_call(party, HostCall.MAP_DEVICE_GUEST, self.handle, DMA_BASE, gfn) == 0
+        kernel = party.kvm.kernel
+        self.driver = kernel.open("/dev/dma-copy")
+        give(party, self.driver, party.vm.fd, DEVICE_IPA)
 
     def op(self, op: PviommuOp, *args: int) -> tuple[int, int]:
         x = self.agent.hvc(Function.PVIOMMU_OP, op, *args)
@@ -114,6 +119,65 @@ def test_a_page_that_was_never_touched_is_asked_of_the_host(owner: Owner) -> Non
 def test_the_hosts_driver_has_lost_its_device(owner: Owner) -> None:
     with pytest.raises(Stage2Fault):
         owner.party.system.machine.host_bus.read_u64(DMA_BASE)
+
+
+def test_the_host_gives_a_device_by_its_driver_and_gets_it_back() -> None:
+    with party("android") as one:
+        owner, kernel = Owner(one), one.kvm.kernel
+        buffer = kernel.mmap(2 * PAGE)
+        copy = DmaCopy.ARGS.pack(buffer.address, buffer.address + PAGE, 8)
+        with pytest.raises(OSError, match="refused") as lost:
+            kernel.ioctl(owner.driver, DmaCopy.COPY, bytearray(copy))
+        assert lost.value.errno == errno.EFAULT
+        with pytest.raises(OSError, match="EBUSY"):
+            give(one, owner.driver, one.vm.fd, DEVICE_IPA + PAGE)
+        one.vcpus[0].close()
+        one.vm.close()
+        buffer.write(0, b"the host")
+        kernel.ioctl(owner.driver, DmaCopy.COPY, bytearray(copy))
+        assert buffer.read(PAGE, 8) == b"the host"
+
+
+@pytest.mark.parametrize(
+    ("dialect", "ipa", "number"),
+    [
+        ("android", DEVICE_IPA + 8, errno.EINVAL),
+        ("android", RAM_IPA, errno.EINVAL),
+        ("android", 1 << 45, errno.EINVAL),
+        ("upstream", DEVICE_IPA, errno.ENOSYS),
+        ("rfc", DEVICE_IPA, errno.ENOSYS),
+    ],
+)
+def test_what_is_not_given(dialect: str, ipa: int, number: int) -> None:
+    with party(dialect) as one:
+        one.agent()
+        driver = one.kvm.kernel.open("/dev/dma-sg")
+        with pytest.raises(OSError, match=r"no page without memory|no devices for guests") as error:
+            give(one, driver, one.vm.fd, ipa)
+        assert error.value.errno == number
+        with pytest.raises(OSError, match="not a VM's") as error:
+            give(one, driver, driver, DEVICE_IPA)
+        assert error.value.errno == errno.EBADF
+
+
+def test_a_device_with_a_ring_is_let_go_first() -> None:
+    with party("android") as one:
+        one.agent()
+        kernel = one.kvm.kernel
+        driver, another = kernel.open("/dev/dma-sg"), kernel.open("/dev/dma-sg")
+        with pytest.raises(OSError, match="somebody else"):
+            give(one, driver, one.vm.fd, DEVICE_IPA)
+        kernel.close(another)
+        give(one, driver, one.vm.fd, DEVICE_IPA)
+        with pytest.raises(OSError, match="given away") as error:
+            give(one, driver, one.vm.fd, DEVICE_IPA)
+        assert error.value.errno == errno.ENODEV
+        with pytest.raises(OSError, match="refused"):
+            kernel.open("/dev/dma-sg")
+        kernel.close(driver)
+        one.vcpus[0].close()
+        one.vm.close()
+        kernel.close(kernel.open("/dev/dma-sg"))
 
 
 def test_code_that_dma_wrote_is_what_runs(owner: Owner) -> None:

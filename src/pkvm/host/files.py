@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pkvm.host import capabilities, dirty_log, events, irqchip, regs, stolen_time
 from pkvm.host.argument import Argument, Handler
+from pkvm.host.assignment import Assignment
 from pkvm.host.dma import CopyDriver
 from pkvm.host.host import IPA_BITS, Host
 from pkvm.host.mm import UserSpace
@@ -33,6 +34,7 @@ from pkvm.uapi.kvm import (
     VCPU_INIT,
     VCPU_MMAP_SIZE,
     Cap,
+    DeviceAssign,
     DmaCopy,
     Ioctl,
     MpState,
@@ -326,12 +328,16 @@ class VcpuFile:
 class DmaFile:
     """/dev/dma-copy."""
 
-    def __init__(self, driver: CopyDriver, users: UserSpace) -> None:
+    def __init__(self, driver: CopyDriver, users: UserSpace, assignment: Assignment) -> None:
         self._driver = driver
         self._users = users
+        self._assignment = assignment
 
     def ioctl(self, request: int, arg: int | bytearray) -> int:
-        """DMA_COPY; ENOTTY for any other."""
+        """DMA_COPY and DeviceAssign.ASSIGN; ENOTTY for any other."""
+        if request == DeviceAssign.ASSIGN:
+            self._assignment.assign(Argument(arg, self._users).read(DeviceAssign.ARGS.size))
+            return 0
         if request != DmaCopy.COPY:
             raise OSError(errno.ENOTTY, f"/dev/dma-copy has no ioctl {request:#x}")
         self._driver.copy(Argument(arg, self._users).read(DmaCopy.ARGS.size))

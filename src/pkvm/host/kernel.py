@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from pkvm.events import Ioctl as IoctlEvent
 from pkvm.events import Recorder
+from pkvm.host.assignment import Assignment
 from pkvm.host.dma import CopyDriver
 from pkvm.host.el2 import El2
-from pkvm.host.files import DmaFile, File, KvmFile, VcpuFile
+from pkvm.host.files import DmaFile, File, KvmFile, VcpuFile, VmFile
 from pkvm.host.firmware_node import FirmwareRegion
 from pkvm.host.host import Host
 from pkvm.host.irqfd import Irqfds
@@ -33,6 +34,7 @@ from pkvm.host.scheduler import GRACE_S, BlockCounter, Scheduler
 from pkvm.host.shown_cpu import ReadRegister, ShownCpu, no_registers
 from pkvm.host.timer import Timers
 from pkvm.host.vcpu import Vcpu
+from pkvm.host.vm import Vm
 from pkvm.hyp.abi import HostCall
 from pkvm.uapi.dialects import RFC, Dialect, LostPage
 from pkvm.uapi.errors import HostOopsError
@@ -244,12 +246,20 @@ class HostKernel:
                 return self._install(KvmFile(self._host, self._install))
             if path == "/dev/dma-copy" and self._dma_base is not None:
                 driver = CopyDriver(self._bus, self._host.users, self._dma_base)
-                return self._install(DmaFile(driver, self._host.users))
+                assignment = Assignment(self._dma_base, self._vm_of)
+                return self._install(DmaFile(driver, self._host.users, assignment))
             if path == "/dev/dma-sg" and self._sg_base is not None:
                 return self._install(self._open_scatter(self._sg_base))
             raise OSError(errno.ENOENT, f"the built-in host has no {path!r}")
 
         return self._call(-1, "open", make)
+
+    def _vm_of(self, fd: int) -> Vm:
+        """The VM of a descriptor. Raises EBADF."""
+        file = self._files.get(fd)
+        if not isinstance(file, VmFile):
+            raise OSError(errno.EBADF, f"descriptor {fd} is not a VM's")
+        return file.vm
 
     def _open_scatter(self, base: int) -> File:
         # Imported here: most runs never move anything by it.
@@ -257,7 +267,7 @@ class HostKernel:
 
         if self._scatter is None:
             self._scatter = ScatterDriver(self._bus, self._host.users, self._pages, base)
-        return ScatterFile(self._scatter, self._host.users)
+        return ScatterFile(self._scatter, self._host.users, Assignment(base, self._vm_of))
 
     def ioctl(self, fd: int, request: int, arg: int | bytearray = 0) -> int:
         """ioctl(2); see `pkvm.kvm.kernel.Kernel`. EBADF for a descriptor that is not open."""

@@ -15,10 +15,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pkvm.host.argument import Argument
+from pkvm.host.assignment import Assignment
 from pkvm.host.mm import UserSpace
 from pkvm.host.pages import PageAllocator
 from pkvm.host.ports import PAGE_SIZE, Bus
-from pkvm.uapi.kvm import DmaMove
+from pkvm.uapi.kvm import DeviceAssign, DmaMove
 
 RING = 0x00
 SIZE = 0x08
@@ -55,12 +56,24 @@ class ScatterDriver:
         self._opened = 0
 
     def open(self) -> None:
-        """One more user. Raises ENOMEM if there is no page for the ring."""
+        """One more user. Raises ENOMEM if there is no page for the ring, and what the bus raises
+        while a guest has the device."""
         if not self._opened:
-            self._ring = self._pages.alloc(1)
-            self._bus.write_u64(self._base + RING, self._ring)
-            self._bus.write_u64(self._base + SIZE, ENTRIES)
+            ring = self._pages.alloc(1)
+            try:
+                self._bus.write_u64(self._base + RING, ring)
+                self._bus.write_u64(self._base + SIZE, ENTRIES)
+            except BaseException:
+                self._pages.free(ring)
+                raise
+            self._ring = ring
         self._opened += 1
+
+    def let_go(self) -> None:
+        """The only user closes. Raises EBUSY if there are others."""
+        if self._opened > 1:
+            raise OSError(errno.EBUSY, "somebody else has the device open")
+        self.close()
 
     def close(self) -> None:
         """One user less."""
@@ -121,14 +134,22 @@ class ScatterDriver:
 class ScatterFile:
     """/dev/dma-sg. Raises ENOMEM."""
 
-    def __init__(self, driver: ScatterDriver, users: UserSpace) -> None:
+    def __init__(self, driver: ScatterDriver, users: UserSpace, assignment: Assignment) -> None:
         driver.open()
         self._driver = driver
         self._users = users
+        self._assignment = assignment
+        self._has_device = True
 
     def ioctl(self, request: int, arg: int | bytearray) -> int:
-        """DmaMove.MOVE; ENOTTY for any other. Raises EINVAL for a number of parts that cannot be,
-        EIO when the device was stopped."""
+        """DmaMove.MOVE and DeviceAssign.ASSIGN; ENOTTY for any other. Raises EINVAL for a number of
+        parts that cannot be, EIO when the device was stopped, ENODEV once it was given away."""
+        if not self._has_device:
+            raise OSError(errno.ENODEV, "the device was given away: open it again")
+        if request == DeviceAssign.ASSIGN:
+            wish = Argument(arg, self._users).read(DeviceAssign.ARGS.size)
+            self._assignment.assign(wish, self._let_go)
+            return 0
         if request != DmaMove.MOVE:
             raise OSError(errno.ENOTTY, f"/dev/dma-sg has no ioctl {request:#x}")
         argument = Argument(arg, self._users)
@@ -145,4 +166,9 @@ class ScatterFile:
 
     def release(self) -> None:
         """The ring goes with the last one."""
-        self._driver.close()
+        if self._has_device:
+            self._driver.close()
+
+    def _let_go(self) -> None:
+        self._driver.let_go()
+        self._has_device = False
