@@ -231,7 +231,8 @@ class Recorder(Protocol):
 
 
 class NullRecorder:
-    """The recorder that does nothing: the yardstick for what recording costs."""
+    """The recorder that does nothing: for runs of which nobody asks, and what recording is
+    measured against."""
 
     def __init__(self) -> None:
         # A queue that keeps nothing: C code, the cheapest thing that takes an event.
