@@ -10,7 +10,10 @@ import pytest
 
 from pkvm.check import attacks
 from pkvm.check.attacks import NAMES, attack
+from pkvm.check.attacks.witness import comes_from_el2
 from pkvm.cli.main import main
+from pkvm.hyp.errors import Refused
+from pkvm.hyp.ownership import leaf_level
 
 
 def test_the_catalogue(capfd: pytest.CaptureFixture[str]) -> None:
@@ -50,3 +53,12 @@ def test_what_it_cannot_use(
     error = capfd.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_an_error_of_an_attack_is_not_el2s_end() -> None:
+    with pytest.raises(ValueError, match="no list") as theirs:
+        raise ValueError("no list")
+    assert not comes_from_el2(theirs.value)
+    with pytest.raises(Refused) as el2s:
+        leaf_level(3, 0)
+    assert comes_from_el2(el2s.value)

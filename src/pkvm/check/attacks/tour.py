@@ -16,7 +16,7 @@ from typing import NamedTuple
 from pkvm.check.attacks import Attack, attack, ends_guest, prepare, where
 from pkvm.check.attacks.linux import GuestError, LinuxGuest
 from pkvm.check.attacks.scene import Scene
-from pkvm.check.attacks.witness import Place, place_of, witness
+from pkvm.check.attacks.witness import Place, comes_from_el2, place_of, witness
 from pkvm.check.invariants import check_hyp
 from pkvm.check.mutants import weakened
 from pkvm.guests.agent import AgentExitError
@@ -122,6 +122,7 @@ def attempt(name: str, one: Attack, scene: Scene) -> Verdict:
     told = "it found nothing"
     gained = None
     harm = ""
+    broken = _problems(scene)  # a weakened EL2 may have some before
     with witness() as places:
         try:
             gained = one.attempt(scene)
@@ -130,11 +131,13 @@ def attempt(name: str, one: Attack, scene: Scene) -> Verdict:
         except GuestError as error:
             harm = f"the guest does not answer any more: {error}".splitlines()[0]
         except Exception as error:
-            # Whatever else comes out of EL2 is its end; an attack has no errors of its own.
+            # Whatever else comes out of EL2 is its end. An error of the attack's own is none.
+            if not comes_from_el2(error):
+                raise
             harm = f"EL2 stopped: {type(error).__name__}: {error}"
     whole = None if ends_guest(one) else not harm and scene.is_whole()
     end, words = End.REFUSED, told
-    problems = check_hyp(scene.system.hyp) if scene.system.protected else []
+    problems = [problem for problem in _problems(scene) if problem not in broken]
     if gained is not None:
         end, words = End.THROUGH, gained
     elif harm:
@@ -147,3 +150,7 @@ def attempt(name: str, one: Attack, scene: Scene) -> Verdict:
     if end is End.REFUSED and not places and where(one):
         places.append(place_of(where(one), one.GUARD))
     return Verdict(name, one.TRIES, one.GUARD, end, words, tuple(places), whole)
+
+
+def _problems(scene: Scene) -> list[str]:
+    return check_hyp(scene.system.hyp) if scene.system.protected else []

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
+from traceback import walk_tb
 from types import CodeType
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -73,6 +74,12 @@ def place_of(function: str, check: str) -> Place:
     code = inspect.unwrap(found).__code__
     path = Path(code.co_filename).relative_to(_ROOT)
     return Place(check, str(path), code.co_firstlineno, "it takes no notice")
+
+
+def comes_from_el2(error: BaseException) -> bool:
+    """Whether an exception was raised in EL2, or in what EL2 called."""
+    files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+    return any(Path(file).is_relative_to(_ROOT / "hyp") for file in files)
 
 
 _Note = Callable[[str, CodeType, int, str], None]
